@@ -1,0 +1,226 @@
+"""The command line that ddpm_unconditional.py, ddpm.py and ddpm_conditional.py share: train, sample, publish."""
+
+import argparse
+import functools
+import math
+from pathlib import Path
+
+import torch
+
+import training
+from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES
+from modules import BLOCKS
+from utils import (
+    UserError, load_data, pick_device, progress, save_gif, save_grid, save_samples, image_grid, to_uint8,
+)  # fmt: skip
+
+MODELS = {"patch": "PatchUNet", "course": "UNet"}
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """An argparse type: an int or float within [low, high], or (low, high]."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low < value if open_low else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive = number(int, 1)
+seed = number(int, 0)
+
+
+def make_parser(description, defaults, conditional=False):
+    """The parser and its subcommands; `defaults` overrides the defaults of flags."""
+    parser = argparse.ArgumentParser(description=description)
+    commands = parser.add_subparsers(dest="command", required=True)
+    formatter = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+
+    train = commands.add_parser("train", help="train a model", **formatter)
+    add_train_flags(train, conditional)
+    train.add_argument("--out", type=Path, required=True, help="the run's folder, such as runs/NAME")
+    train.set_defaults(run=run_train, conditional=conditional, **defaults)
+
+    sample = commands.add_parser("sample", help="sample a trained model", **formatter)
+    add_sample_flags(sample, conditional)
+    sample.set_defaults(run=run_sample)
+
+    publish = commands.add_parser("publish", help="make a small checkpoint of a finished run", **formatter)
+    publish.add_argument("--run", type=Path, required=True, dest="folder", help="a finished run's folder")
+    publish.add_argument("--weights", nargs="+", default=["ema"], help="raw, ema, or ema_BETA")
+    publish.add_argument("--out", type=Path, required=True, help="the checkpoint to write, half precision")
+    publish.set_defaults(run=run_publish)
+    return parser, commands
+
+
+def add_train_flags(parser, conditional):
+    add = parser.add_argument
+    add("--data", default="fashion_mnist", help="fashion_mnist, cifar10, cifar10-64, landscapes, or a folder of images")
+    add("--image-size", type=positive, help="side of the training images (default: the data's own)")
+    add("--flip", action=argparse.BooleanOptionalAction, help="random horizontal flips (default: as suits the data)")
+    add("--schedule", choices=SCHEDULES, default="linear", help="the beta schedule")
+    add("--timesteps", type=positive, default=1000, metavar="T", help="steps of the diffusion process")
+    add("--loss", choices=list(LOSSES), default="l2", help="between true and predicted noise")
+    add("--objective", choices=OBJECTIVES, default="simple", help="vlb: the bound's true weights (l2 only)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=number(float, 0, open_low=True), default=5, help="passes over the data")
+    length.add_argument("--minutes", type=number(float, 0, open_low=True), help="train this long instead of --epochs")
+    add("--batch-size", type=positive, default=128, help="images per step, over all processes")
+    add("--lr", type=number(float, 0, open_low=True), default=1e-3, help="learning rate, constant")
+    add("--optimizer", choices=list(training.OPTIMIZERS), default="adam", help="optimizer")
+    add("--seed", type=seed, default=0, help="of the weights and of every random draw")
+    add("--model", choices=list(MODELS), default="patch", help="patch: this project's network; course: the course's")
+    add("--width", type=positive, help="feature maps at the first level (default: the network's own)")
+    add("--mults", type=positive, nargs="+", help="width of each level, in multiples of --width (patch)")
+    add("--depth", type=positive, help="blocks per level (patch)")
+    add("--block", choices=list(BLOCKS), help="kind of block (patch)")
+    add("--attention", action=argparse.BooleanOptionalAction, help="linear attention at the outer levels (patch)")
+    add("--ema-beta", type=number(float, 0, 0.999999), nargs="+", default=[0.999], help="one or more averages to keep")
+    add("--ema-start", type=number(int, 0), default=500, help="the average is a plain copy until this step")
+    if conditional:
+        add("--p-uncond", type=number(float, 0, 1), default=0.1, help="how often the label is dropped")
+        add("--label-dropout", choices=["example", "batch"], default="example", help="one coin per image, or per batch")
+    add("--precision", choices=list(training.PRECISIONS), help="default: the fastest the device really has")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--accumulate", type=positive, default=1, help="passes per optimizer step: same batch, less memory")
+    add("--sample-every", type=number(int, 0), default=500, help="steps between sample grids; 0: none")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--resume", action="store_true", help="go on with an interrupted run; starts one where there is none")
+
+
+def add_sample_flags(parser, conditional):
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help=".safetensors of this project or .pt of the course")
+    add("--n", type=positive, default=64, help="how many images, in all")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="ddpm: ancestral; ddim; dpm: second order")
+    add("--steps", type=positive, help="network evaluations per image (default: ddpm all T, ddim 50, dpm 20)")
+    add("--eta", type=number(float, 0, 1), default=0.0, help="DDIM's noise: 0 none, 1 as much as DDPM")
+    add("--variance", choices=["posterior", "beta"], default="posterior", help="DDPM's noise")
+    add("--clip", action=argparse.BooleanOptionalAction, default=True, help="keep the predicted x0 within [-1, 1]")
+    add("--ema", action=argparse.BooleanOptionalAction, help="averaged or raw weights (default: averaged if there are)")
+    if conditional:
+        add("--labels", default="all", help="all, none, or class indices such as 0,1,2; --n is spread over them")
+        add("--cfg-scale", type=number(float, 0), default=0.0, help="guidance: 0 (or 1) none")
+    add("--batch-size", type=positive, default=250, help="images denoised at once")
+    add("--seed", type=seed, default=0, help="image i depends on (seed, i) only")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--out", type=Path, required=True, help="what to write: .png (grid), .gif (denoising) or .npz (all samples)")
+
+
+# --- train -------------------------------------------------------------------------------------------------------------
+
+
+def make_config(args, data):
+    """The run's configuration, from the flags and the data; what a flag leaves out the network's default decides."""
+    channels = data.images.shape[1]
+    if args.model == "patch":
+        shape = {"width": args.width, "mults": args.mults, "depth": args.depth, "block": args.block,
+                 "attention": args.attention}
+    else:
+        shape = {"width": args.width}
+    model = {"name": MODELS[args.model], "channels": channels} | {k: v for k, v in shape.items() if v is not None}
+    if args.conditional:
+        if data.labels is None:
+            raise UserError(f"{args.data} has no labels, which a conditional model needs: use class folders")
+        model["num_classes"] = len(data.classes)
+        if args.model == "course":
+            model["name"] = "UNet_conditional"
+    if args.objective == "vlb" and args.loss != "l2":
+        raise UserError(f"--objective vlb is defined for --loss l2 only, not {args.loss}")
+    steps = None if args.minutes else max(1, round(args.epochs * len(data) / args.batch_size))
+    return {
+        "model": model,
+        "diffusion": {"timesteps": args.timesteps, "schedule": args.schedule, "objective": args.objective},
+        "data": {"name": data.name, "image_size": data.image_size, "flip": data.flip, "images": len(data),
+                 "classes": data.classes},
+        "train": {"loss": args.loss, "steps": steps, "batch_size": args.batch_size, "lr": args.lr,
+                  "optimizer": args.optimizer, "seed": args.seed, "precision": args.precision,
+                  "ema_betas": args.ema_beta, "ema_start": args.ema_start,
+                  "p_uncond": getattr(args, "p_uncond", None), "label_dropout": getattr(args, "label_dropout", None)},
+    }  # fmt: skip
+
+
+def run_train(args):
+    data = load_data(args.data, "train", args.image_size)
+    if args.flip is not None:
+        data.flip = args.flip
+    path = training.train(
+        make_config(args, data), data, args.out, args.resume, args.device, args.minutes,
+        args.sample_every, args.compile, args.accumulate,
+    )  # fmt: skip
+    print(f"wrote {path}")
+
+
+# --- sample ------------------------------------------------------------------------------------------------------------
+
+
+def parse_labels(text, n, num_classes):
+    """n labels for --labels: the classes asked for, each as often as the others (the first ones once more if need be)."""
+    if text == "none" or num_classes is None:
+        if text not in ("none", "all"):
+            raise UserError("this checkpoint has no classes: leave --labels out")
+        return None
+    try:
+        chosen = list(range(num_classes)) if text == "all" else [int(label) for label in text.split(",")]
+    except ValueError:
+        raise UserError(f"--labels is all, none, or class indices such as 0,1,2, not {text!r}") from None
+    if wrong := [label for label in chosen if not 0 <= label < num_classes]:
+        raise UserError(f"label {wrong[0]} is out of range: this checkpoint has the classes 0 to {num_classes - 1}")
+    return torch.tensor([chosen[i * len(chosen) // n] for i in range(n)]) if n >= len(chosen) else torch.tensor(chosen[:n])
+
+
+def run_sample(args):
+    suffix = args.out.suffix
+    if suffix not in (".png", ".gif", ".npz"):
+        raise UserError(f"--out must end in .png, .gif or .npz, not {args.out.name!r}")
+    weights = {None: None, True: "ema", False: "raw"}[args.ema]
+    device = pick_device(args.device)
+    model, diffusion, config = training.load_checkpoint(args.checkpoint, weights, device)
+    if args.steps and args.steps > diffusion.timesteps:
+        raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
+    labels = parse_labels(getattr(args, "labels", "all"), args.n, model.num_classes)
+    cfg_scale = getattr(args, "cfg_scale", 0.0)
+    shape = (model.channels, *[config["data"]["image_size"]] * 2)
+    options = {"seed": args.seed, "labels": labels, "cfg_scale": cfg_scale, "sampler": args.sampler,
+               "steps": args.steps, "eta": args.eta, "variance": args.variance, "clip": args.clip}  # fmt: skip
+    with training.autocast(device):
+        if suffix == ".gif":
+            steps = diffusion.trajectory(model, shape, range(args.n), **options)
+            frames = [to_uint8(x).cpu() for x in progress(steps, unit="step", desc="sampling")]
+        else:
+            bar = functools.partial(progress, unit="batch", desc="sampling")
+            images = to_uint8(diffusion.sample(model, args.n, shape, batch_size=args.batch_size, progress=bar, **options))
+    columns = math.ceil(args.n**0.5)
+    if suffix == ".npz":
+        save_samples(args.out, images.permute(0, 2, 3, 1), labels)
+    elif suffix == ".png":
+        save_grid(images, args.out, columns)
+    else:
+        save_denoising_gif(frames, args.out, columns)
+    print(f"wrote {args.out}")
+
+
+def save_denoising_gif(frames, path, columns, scale=2, longest=60):
+    """A GIF of the denoising: at most `longest` of the x_t, evenly spaced, the sample held for a second at the end."""
+    chosen = [frames[round(i * (len(frames) - 1) / (longest - 1))] for i in range(longest)] if len(frames) > longest else frames
+    pictures = [image_grid(frame, columns, scale=scale) for frame in chosen]
+    save_gif(pictures + 20 * pictures[-1:], path, fps=20)
+
+
+# --- publish -----------------------------------------------------------------------------------------------------------
+
+
+def run_publish(args):
+    source = args.folder / "model.safetensors"
+    if not source.is_file():
+        raise UserError(f"{args.folder} has no finished run: train it (or go on with --resume) first")
+    tensors, config = training.read_checkpoint(source)
+    weights = {}
+    for kind in args.weights:
+        weights["ema" if kind.startswith("ema") and len(args.weights) <= 2 else kind] = training.select_weights(tensors, kind, source)
+    training.save_checkpoint(args.out, weights, config, tensors["losses"], half=True)
+    print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,271 @@
+"""The diffusion process: beta schedules, the forward process, its posterior, the objectives and the samplers.
+
+Run as a script it trains and samples an unconditional model of photographs (landscapes by default):
+
+    python ddpm.py train --out runs/landscapes
+    python ddpm.py sample --checkpoint checkpoints/landscapes.safetensors --n 16 --out landscapes.png
+
+Conventions: images are float, N x C x H x W, in [-1, 1]. Timesteps are 0-based: t = 0 is the least noisy step, t = T-1
+the noisiest, and index t reads `betas[t]`. Coefficients are computed in float64 and stored in float32.
+"Ho" is Ho et al. 2020 (arXiv 2006.11239), whose t is 1-based: our t is their t - 1.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid")
+LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
+OBJECTIVES = ("simple", "vlb")
+SAMPLERS = ("ddpm", "ddim", "dpm")
+BETA_START, BETA_END = 1e-4, 0.02  # chosen by Ho et al. for T = 1000
+
+
+def beta_schedule(name, timesteps):
+    """The T variances beta_t of the forward process's steps, float64, each in (0, 1).
+
+    linear      Ho section 4
+    cosine      Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17, with s = 0.008 and betas clipped at 0.999
+    quadratic   linear in sqrt(beta)
+    sigmoid     a logistic curve from beta_start to beta_end
+    Raises ValueError for an unknown name or T < 1.
+    """
+    if timesteps < 1:
+        raise ValueError(f"timesteps must be at least 1, not {timesteps}")
+    f64 = torch.float64
+    if name == "linear":
+        return torch.linspace(BETA_START, BETA_END, timesteps, dtype=f64)
+    if name == "cosine":
+        u = torch.linspace(0, 1, timesteps + 1, dtype=f64)
+        alphas_cumprod = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
+    if name == "quadratic":
+        return torch.linspace(BETA_START**0.5, BETA_END**0.5, timesteps, dtype=f64) ** 2
+    if name == "sigmoid":
+        return torch.linspace(-6, 6, timesteps, dtype=f64).sigmoid() * (BETA_END - BETA_START) + BETA_START
+    raise ValueError(f"unknown schedule {name!r}: choose from {', '.join(SCHEDULES)}")
+
+
+def per_image(table, t):
+    """table[t] for N timesteps, shaped N x 1 x 1 x 1 to multiply images."""
+    return table[t].view(-1, 1, 1, 1)
+
+
+class Diffusion:
+    """The process for one schedule. All tables have T entries; index t is step t.
+
+    alphas_cumprod is the share of the image's variance that survives until x_t: x_t = sqrt(alphas_cumprod) x0 +
+    sqrt(1 - alphas_cumprod) noise (Ho eq. 4). posterior_* describe q(x_{t-1} | x_t, x0) (Ho eqs. 6-7).
+    """
+
+    def __init__(self, timesteps=1000, schedule="linear", objective="simple"):
+        if objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {objective!r}: choose from {', '.join(OBJECTIVES)}")
+        self.timesteps, self.schedule, self.objective = timesteps, schedule, objective
+        betas = beta_schedule(schedule, timesteps)
+        alphas_cumprod = (1 - betas).cumprod(0)
+        alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        # The samplers read these as Python floats: exact, and no table look-up on the device in each step.
+        self.alphas_cumprod_float64 = alphas_cumprod.tolist()
+
+        self.betas = betas.float()
+        self.alphas_cumprod = alphas_cumprod.float()
+        self.alphas_cumprod_prev = alphas_cumprod_prev.float()
+        self.sqrt_alphas_cumprod = alphas_cumprod.sqrt().float()
+        self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt().float()
+        self.posterior_variance = (betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)).float()
+        self.posterior_mean_coef1 = (betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)).float()
+        self.posterior_mean_coef2 = ((1 - betas).sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)).float()
+        # Ho eq. 12 with sigma_t^2 = beta_t: the factor before ||noise - eps||^2 in the variational bound.
+        self.vlb_weights = (betas / (2 * (1 - betas) * (1 - alphas_cumprod))).float()
+
+    def to(self, device):
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
+        return self
+
+    # --- forward process ---------------------------------------------------------------------------------------------
+
+    def q_sample(self, x0, t, noise):
+        """x_t given x0, in one step: Ho eq. 4. Shapes: x0, noise N x C x H x W; t int64 N."""
+        return per_image(self.sqrt_alphas_cumprod, t) * x0 + per_image(self.sqrt_one_minus_alphas_cumprod, t) * noise
+
+    def q_posterior(self, x0, x_t, t):
+        """Mean (N x C x H x W) and variance (N x 1 x 1 x 1) of q(x_{t-1} | x_t, x0): Ho eqs. 6-7."""
+        mean = per_image(self.posterior_mean_coef1, t) * x0 + per_image(self.posterior_mean_coef2, t) * x_t
+        return mean, per_image(self.posterior_variance, t)
+
+    def predict_x0(self, x_t, t, eps):
+        """The x0 that x_t and the predicted noise imply: Ho eq. 4 solved for x0."""
+        return (x_t - per_image(self.sqrt_one_minus_alphas_cumprod, t) * eps) / per_image(self.sqrt_alphas_cumprod, t)
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def loss(self, model, x0, t, noise, labels=None, loss="l2"):
+        """The training loss, a scalar: the noise's prediction error at x_t, averaged over pixels and images.
+
+        objective "simple" weights all t alike (Ho eq. 14); "vlb" has the variational bound's weights (Ho eq. 12).
+        """
+        eps = model(self.q_sample(x0, t, noise), t, labels)
+        per_pixel = LOSSES[loss](eps.float(), noise, reduction="none")
+        if self.objective == "vlb":
+            per_pixel = per_image(self.vlb_weights, t) * per_pixel
+        return per_pixel.mean()
+
+    # --- sampling ----------------------------------------------------------------------------------------------------
+    # A sampler is a generator that yields every x_t: first the noise it starts from, last the sample. `eps_model(x, t)`
+    # predicts the noise in a batch x at one timestep t (a Python int); `draw()` returns fresh standard normal noise.
+
+    def step_pairs(self, steps):
+        """The timesteps visited, as pairs (t, next t): `steps` of them, evenly spaced from T-1 down; the last next is -1."""
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"steps must be between 1 and the model's {self.timesteps} timesteps, not {steps}")
+        visited = [round(self.timesteps * (1 - i / steps)) - 1 for i in range(steps)]
+        return list(zip(visited, [*visited[1:], -1], strict=True))
+
+    def signal(self, t):
+        """alphas_cumprod at t as a float; 1 at t = -1, the clean image."""
+        return self.alphas_cumprod_float64[t] if t >= 0 else 1.0
+
+    def x0_and_eps(self, eps_model, x, t, clip):
+        """The predicted x0, clipped to the images' range where asked, and the noise consistent with it."""
+        a = self.signal(t)
+        eps = eps_model(x, t)
+        x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            eps = (x - a**0.5 * x0) / (1 - a) ** 0.5
+        return x0, eps
+
+    def ddpm_sampler(self, eps_model, x, draw, steps=None, variance="posterior", clip=True):
+        """Ancestral sampling, Ho algorithm 2: x_{t-1} ~ N(posterior mean at the predicted x0, sigma_t^2).
+
+        variance "posterior" is the posterior's, "beta" is beta_t: Ho section 3.2's two choices. With fewer steps than T
+        the same formulas hold for the coarser chain, whose step from t to s has beta = 1 - signal(t) / signal(s).
+        """
+        yield x
+        for t, s in self.step_pairs(steps or self.timesteps):
+            a_t, a_s = self.signal(t), self.signal(s)
+            beta = 1 - a_t / a_s
+            x0, _ = self.x0_and_eps(eps_model, x, t, clip)
+            x = (beta * a_s**0.5 * x0 + (1 - beta) ** 0.5 * (1 - a_s) * x) / (1 - a_t)
+            if s >= 0:
+                sigma2 = beta * (1 - a_s) / (1 - a_t) if variance == "posterior" else beta
+                x = x + sigma2**0.5 * draw()
+            yield x
+
+    def ddim_sampler(self, eps_model, x, draw, steps=50, eta=0.0, clip=True):
+        """Song et al. 2021 (arXiv 2010.02502), eq. 12: eta = 0 is deterministic, eta = 1 has the DDPM's noise."""
+        yield x
+        for t, s in self.step_pairs(steps):
+            a_t, a_s = self.signal(t), self.signal(s)
+            x0, eps = self.x0_and_eps(eps_model, x, t, clip)
+            sigma2 = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
+            x = a_s**0.5 * x0 + (1 - a_s - sigma2) ** 0.5 * eps
+            if sigma2 > 0:
+                x = x + sigma2**0.5 * draw()
+            yield x
+
+    def dpm_sampler(self, eps_model, x, steps=20, clip=True):
+        """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: deterministic and second order.
+
+        Like DDIM, but each step extrapolates x0 from the last two predictions; lambda = log(alpha / sigma) is half the
+        log-SNR. The last step, to the clean image, is DDIM's.
+        """
+        yield x
+        last_x0 = last_h = None
+        for t, s in self.step_pairs(steps):
+            a_t, a_s = self.signal(t), self.signal(s)
+            x0, _ = self.x0_and_eps(eps_model, x, t, clip)
+            if s < 0:
+                yield x0
+                return
+            h = 0.5 * (math.log(a_s / (1 - a_s)) - math.log(a_t / (1 - a_t)))
+            d = x0 if last_x0 is None else x0 + h / (2 * last_h) * (x0 - last_x0)
+            x = ((1 - a_s) / (1 - a_t)) ** 0.5 * x - a_s**0.5 * math.expm1(-h) * d
+            last_x0, last_h = x0, h
+            yield x
+
+    @torch.inference_mode()
+    def trajectory(
+        self, model, shape, indices, seed=0, labels=None, cfg_scale=0.0, sampler="ddim", steps=None, eta=0.0,
+        variance="posterior", clip=True, x_T=None,
+    ):  # fmt: skip
+        """Yield every x_t (N x C x H x W) of the images numbered `indices`; image i's noise depends on (seed, i) alone.
+
+        shape is C x H x W; labels int64 N or None; x_T replaces the starting noise. steps: None is the sampler's own
+        default (ddpm: all T; ddim: 50; dpm: 20).
+        """
+        device = self.betas.device
+        draw = ImageNoise(seed, indices, shape, device)
+        x = draw() if x_T is None else x_T.to(device)
+        eps_model = guided(model, None if labels is None else labels.to(device), cfg_scale)
+        if sampler == "ddpm":
+            return (yield from self.ddpm_sampler(eps_model, x, draw, steps, variance, clip))
+        if sampler == "ddim":
+            return (yield from self.ddim_sampler(eps_model, x, draw, steps or min(50, self.timesteps), eta, clip))
+        if sampler == "dpm":
+            return (yield from self.dpm_sampler(eps_model, x, steps or min(20, self.timesteps), clip))
+        raise ValueError(f"unknown sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
+
+    def sample(self, model, n, shape, labels=None, batch_size=250, x_T=None, progress=iter, **options):
+        """n samples, n x C x H x W on the CPU, in batches; options as for `trajectory`."""
+        batches = []
+        for first in progress(range(0, n, batch_size)):
+            part = slice(first, min(first + batch_size, n))
+            for x in self.trajectory(  # noqa: B007 - only the last x_t is wanted
+                model, shape, range(part.start, part.stop),
+                labels=None if labels is None else labels[part], x_T=None if x_T is None else x_T[part], **options,
+            ):  # fmt: skip
+                pass
+            batches.append(x.float().cpu())
+        return torch.cat(batches)
+
+
+class ImageNoise:
+    """Standard normal noise in which image i's stream comes from (seed, i), whatever batch it is drawn in."""
+
+    def __init__(self, seed, indices, shape, device="cpu"):
+        from utils import generator
+
+        self.generators = [generator(seed, i) for i in indices]
+        self.shape, self.device = shape, device
+
+    def __call__(self):
+        noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
+        return noise.to(self.device, memory_format=torch.channels_last)
+
+
+def guided(model, labels=None, cfg_scale=0.0):
+    """eps_model(x, t) with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6, as in the course).
+
+    cfg_scale = 0 (or 1) is no guidance: the conditional prediction alone. Otherwise
+    eps = eps_uncond + cfg_scale (eps_cond - eps_uncond), the paper's (1 + w) eps_cond - w eps_uncond at w = cfg_scale - 1.
+    Both predictions come from one pass over a batch of twice the size.
+    """
+
+    def eps_model(x, t):
+        t = torch.full((len(x),), t, device=x.device)
+        if labels is None or cfg_scale in (0, 1):
+            return model(x, t, labels).float()
+        both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, torch.full_like(labels, -1)]))
+        eps_cond, eps_uncond = both.float().chunk(2)
+        return torch.lerp(eps_uncond, eps_cond, cfg_scale)
+
+    return eps_model
+
+
+def main(argv=None):
+    import cli  # late: only the script needs the training loop
+
+    parser, _ = cli.make_parser("An unconditional DDPM of photographs.", {"data": "landscapes"})
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    from utils import command_line
+
+    command_line(main)

@@ -1,0 +1,358 @@
+"""The networks that predict noise, and the moving average of their weights.
+
+Every network is called as `model(x, t, labels=None)`:
+    x       float, N x C x H x W, in [-1, 1]: the noisy images x_t
+    t       int64, N, 0-based: the timestep of each image
+    labels  int64, N, or None: class indices; -1 (or None for the whole batch) means "no label"
+and returns the predicted noise eps, with the shape of x.
+
+`PatchUNet` is this project's own network (Point 1, and every model trained here on a CPU).
+`UNet` and `UNet_conditional` are the course's networks: their parameters keep the course's names, order and shapes.
+"""
+
+import copy
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class EMA:
+    """Exponential moving average of a model's weights: ema = beta * ema + (1 - beta) * weights, after every step.
+
+    The average forgets a step after about 1 / (1 - beta) further steps. Until `start` steps have been made it is a plain
+    copy: averaging over the first, quickly changing weights would only blur them. Parameters are averaged, buffers copied.
+    """
+
+    def __init__(self, beta=0.995, start=2000):
+        if not 0 <= beta < 1:
+            raise ValueError(f"EMA beta must be in [0, 1), not {beta}")
+        self.beta, self.start, self.step = beta, start, 0
+
+    @torch.no_grad()
+    def step_ema(self, ema_model, model):
+        """Call once after every optimizer step."""
+        if self.step < self.start:
+            self.reset_parameters(ema_model, model)
+        else:
+            self.update_model_average(ema_model, model)
+        self.step += 1
+
+    @torch.no_grad()
+    def update_model_average(self, ema_model, model):
+        """ema += (1 - beta) * (weights - ema), for all tensors in one fused call."""
+        torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - self.beta)
+        for ema_buffer, buffer in zip(ema_model.buffers(), model.buffers(), strict=True):
+            ema_buffer.copy_(buffer)
+
+    def reset_parameters(self, ema_model, model):
+        ema_model.load_state_dict(model.state_dict())
+
+    @staticmethod
+    def copy_of(model):
+        """A frozen copy to hold the average."""
+        return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def sinusoidal_embedding(t, dim):
+    """N timesteps -> N x dim: sin(t * f) then cos(t * f), f = 10000^(-i / dim) for even i (Vaswani et al. 2017, 3.5)."""
+    frequencies = 10000 ** (-torch.arange(0, dim, 2, device=t.device, dtype=torch.float32) / dim)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def embed_labels(embedding, labels):
+    """N labels -> N x dim: a label's row of the table, zeros for -1, so that "no label" adds nothing."""
+    return embedding(labels.clamp(min=0)) * (labels >= 0)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PatchUNet: most of the work at low resolution, where a CPU buys the most quality per second
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def norm(dim, affine=True):
+    return nn.GroupNorm(math.gcd(8, dim), dim, affine=affine)
+
+
+def zero(layer):
+    """Start a residual branch (or the whole network) at zero, so that training begins from the identity."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv; norm, scale and shift by the embedding (FiLM), SiLU, conv; plus the input."""
+
+    def __init__(self, dim_in, dim_out, emb_dim):
+        super().__init__()
+        self.norm1, self.conv1 = norm(dim_in), nn.Conv2d(dim_in, dim_out, 3, padding=1)
+        self.film = zero(nn.Linear(emb_dim, 2 * dim_out))
+        self.norm2, self.conv2 = norm(dim_out, affine=False), zero(nn.Conv2d(dim_out, dim_out, 3, padding=1))
+        self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+
+    def forward(self, x, emb):
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return self.conv2(F.silu(h)) + self.skip(x)
+
+
+class ConvNextBlock(nn.Module):
+    """7x7 depthwise conv plus the embedding, then two 3x3 convs around GELU: the block of The Annotated Diffusion Model."""
+
+    def __init__(self, dim_in, dim_out, emb_dim, mult=2):
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim_in, dim_in, 7, padding=3, groups=dim_in)
+        self.emb = nn.Linear(emb_dim, dim_in)
+        self.net = nn.Sequential(
+            nn.GroupNorm(1, dim_in),
+            nn.Conv2d(dim_in, dim_out * mult, 3, padding=1),
+            nn.GELU(),
+            nn.GroupNorm(1, dim_out * mult),
+            nn.Conv2d(dim_out * mult, dim_out, 3, padding=1),
+        )
+        self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.depthwise(x) + self.emb(emb)[:, :, None, None]
+        return self.net(h) + self.skip(x)
+
+
+BLOCKS = {"resnet": ResnetBlock, "convnext": ConvNextBlock}
+
+
+def to_heads(x, heads):
+    """N x (3 heads d) x H x W -> q, k, v, each N x heads x (H W) x d."""
+    n, channels, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(n, height * width, 3, heads, channels // (3 * heads))
+    return x.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def from_heads(x, height, width):
+    """N x heads x (H W) x d -> N x (heads d) x H x W."""
+    n, heads, _, d = x.shape
+    return x.transpose(1, 2).reshape(n, height, width, heads * d).permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    """Full softmax attention over the H*W positions, residual."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.heads, self.norm = max(1, dim // 32), norm(dim)
+        self.qkv, self.out = nn.Conv2d(dim, 3 * dim, 1), zero(nn.Conv2d(dim, dim, 1))
+
+    def forward(self, x):
+        q, k, v = to_heads(self.qkv(self.norm(x)), self.heads)
+        return x + self.out(from_heads(self.attend(q, k, v), *x.shape[2:]))
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class LinearAttention(Attention):
+    """Attention in time linear in H*W: softmax over features of q and over positions of k (Shen et al. 2018)."""
+
+    def attend(self, q, k, v):
+        q, k = q.softmax(dim=-1) * q.shape[-1] ** -0.5, k.softmax(dim=-2)
+        return q @ (k.transpose(-2, -1) @ v)
+
+
+class PatchUNet(nn.Module):
+    """A U-Net on `patch` x `patch` pixel blocks, with FiLM-conditioned blocks and attention in the middle.
+
+    channels     image channels, 1 or 3
+    width        feature maps at the first level; level i has width * mults[i], at 1 / (patch * 2^i) of the image's side
+    depth        blocks per level, going down and again coming up
+    num_classes  None: unconditional; otherwise a label's embedding is added to the time embedding
+    block        "resnet" or "convnext"
+    attention    linear attention at the outer levels (all but the lowest), coming up; the middle always has full attention
+    """
+
+    def __init__(
+        self, channels=1, width=48, mults=(1, 2), depth=1, patch=2, num_classes=None, block="resnet", attention=True
+    ):
+        super().__init__()
+        if block not in BLOCKS:
+            raise ValueError(f"unknown block {block!r}: choose from {', '.join(BLOCKS)}")
+        self.channels, self.num_classes, self.patch, self.width = channels, num_classes, patch, width
+        self.size_multiple = patch * 2 ** (len(mults) - 1)
+        dims = [width * m for m in mults]
+        emb_dim, outer = 4 * width, range(len(dims) - 1)
+
+        def blocks(dim_in, dim_out):
+            return [BLOCKS[block](dim_in if i == 0 else dim_out, dim_out, emb_dim) for i in range(depth)]
+
+        def outer_attention(level):
+            return [LinearAttention(dims[level])] if attention and level in outer else []
+
+        self.time_mlp = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.label_emb = nn.Embedding(num_classes, emb_dim) if num_classes else None
+        self.stem = nn.Conv2d(channels * patch**2, width, 3, padding=1)
+        self.down = nn.ModuleList(nn.ModuleList(blocks(d, d)) for d in dims)
+        self.shrink = nn.ModuleList(nn.Conv2d(dims[i], dims[i + 1], 2, stride=2) for i in outer)
+        self.mid = nn.ModuleList([BLOCKS[block](dims[-1], dims[-1], emb_dim), Attention(dims[-1])])
+        self.up = nn.ModuleList(nn.ModuleList(blocks(2 * d, d) + outer_attention(i)) for i, d in enumerate(dims))
+        self.grow = nn.ModuleList(nn.ConvTranspose2d(dims[i + 1], dims[i], 2, stride=2) for i in outer)
+        self.head = nn.Sequential(norm(width), nn.SiLU(), zero(nn.Conv2d(width, channels * patch**2, 3, padding=1)))
+
+    def forward(self, x, t, labels=None):
+        emb = self.time_mlp(sinusoidal_embedding(t, self.width))
+        if labels is not None and self.label_emb is not None:
+            emb = emb + embed_labels(self.label_emb, labels)
+        emb = F.silu(emb)
+
+        x = self.stem(F.pixel_unshuffle(x, self.patch))
+        skips = []
+        for level, layers in enumerate(self.down):
+            x = run(layers, x, emb)
+            skips.append(x)
+            if level < len(self.shrink):
+                x = self.shrink[level](x)
+        x = run(self.mid, x, emb)
+        for level in reversed(range(len(self.up))):
+            if level < len(self.grow):
+                x = self.grow[level](x)
+            x = run(self.up[level], torch.cat([x, skips.pop()], dim=1), emb)
+        return F.pixel_shuffle(self.head(x), self.patch)
+
+
+def run(layers, x, emb):
+    for layer in layers:
+        x = layer(x) if isinstance(layer, Attention) else layer(x, emb)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The course's networks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DoubleConv(nn.Module):
+    """Two 3x3 convs with GroupNorm(1 group), GELU between; the residual form is gelu(x + f(x))."""
+
+    def __init__(self, in_channels, out_channels, mid_channels=None, residual=False):
+        super().__init__()
+        mid_channels = mid_channels or out_channels
+        self.residual = residual
+        self.double_conv = nn.Sequential(
+            nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=False),
+            nn.GroupNorm(1, mid_channels),
+            nn.GELU(),
+            nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False),
+            nn.GroupNorm(1, out_channels),
+        )
+
+    def forward(self, x):
+        return F.gelu(x + self.double_conv(x)) if self.residual else self.double_conv(x)
+
+
+class Down(nn.Module):
+    """Halve the image's side, then add the embedding to every position."""
+
+    def __init__(self, in_channels, out_channels, emb_dim=256):
+        super().__init__()
+        self.maxpool_conv = nn.Sequential(
+            nn.MaxPool2d(2), DoubleConv(in_channels, in_channels, residual=True), DoubleConv(in_channels, out_channels)
+        )
+        self.emb_layer = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
+
+    def forward(self, x, emb):
+        return self.maxpool_conv(x) + self.emb_layer(emb)[:, :, None, None]
+
+
+class Up(nn.Module):
+    """Double the image's side, join the skip, then add the embedding to every position."""
+
+    def __init__(self, in_channels, out_channels, emb_dim=256):
+        super().__init__()
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        self.conv = nn.Sequential(
+            DoubleConv(in_channels, in_channels, residual=True),
+            DoubleConv(in_channels, out_channels, in_channels // 2),
+        )
+        self.emb_layer = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
+
+    def forward(self, x, skip, emb):
+        x = self.conv(torch.cat([skip, self.up(x)], dim=1))
+        return x + self.emb_layer(emb)[:, :, None, None]
+
+
+class SelfAttention(nn.Module):
+    """A pre-norm transformer layer over the H*W tokens of an image of any size: 4-head attention, then a small MLP."""
+
+    def __init__(self, channels, heads=4):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(channels, heads, batch_first=True)
+        self.ln = nn.LayerNorm(channels)
+        self.ff_self = nn.Sequential(
+            nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, channels)
+        )
+
+    def forward(self, x):
+        n, channels, height, width = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        qkv = F.linear(self.ln(tokens), self.mha.in_proj_weight, self.mha.in_proj_bias)
+        q, k, v = qkv.reshape(n, -1, 3, self.mha.num_heads, self.mha.head_dim).permute(2, 0, 3, 1, 4)
+        # The same as self.mha(...), whose own path may store the (H W) x (H W) attention matrix.
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, -1, channels)
+        tokens = tokens + self.mha.out_proj(attended)
+        tokens = tokens + self.ff_self(tokens)
+        return tokens.transpose(1, 2).reshape(n, channels, height, width)
+
+
+class UNet(nn.Module):
+    """The course's unconditional U-Net, for images whose sides 8 divides; `width` 64 is the course's."""
+
+    size_multiple = 8
+    num_classes = None
+
+    def __init__(self, channels=3, time_dim=256, width=64):
+        super().__init__()
+        self.channels, self.time_dim = channels, time_dim
+        w = width
+        self.inc = DoubleConv(channels, w)
+        self.down1, self.sa1 = Down(w, 2 * w, time_dim), SelfAttention(2 * w)
+        self.down2, self.sa2 = Down(2 * w, 4 * w, time_dim), SelfAttention(4 * w)
+        self.down3, self.sa3 = Down(4 * w, 4 * w, time_dim), SelfAttention(4 * w)
+        self.bot1, self.bot2, self.bot3 = DoubleConv(4 * w, 8 * w), DoubleConv(8 * w, 8 * w), DoubleConv(8 * w, 4 * w)
+        self.up1, self.sa4 = Up(8 * w, 2 * w, time_dim), SelfAttention(2 * w)
+        self.up2, self.sa5 = Up(4 * w, w, time_dim), SelfAttention(w)
+        self.up3, self.sa6 = Up(2 * w, w, time_dim), SelfAttention(w)
+        self.outc = nn.Conv2d(w, channels, 1)
+
+    def forward(self, x, t, labels=None):
+        return self.unet(x, sinusoidal_embedding(t, self.time_dim))
+
+    def unet(self, x, emb):
+        x1 = self.inc(x)
+        x2 = self.sa1(self.down1(x1, emb))
+        x3 = self.sa2(self.down2(x2, emb))
+        x4 = self.sa3(self.down3(x3, emb))
+        x4 = self.bot3(self.bot2(self.bot1(x4)))
+        x = self.sa4(self.up1(x4, x3, emb))
+        x = self.sa5(self.up2(x, x2, emb))
+        x = self.sa6(self.up3(x, x1, emb))
+        return self.outc(x)
+
+
+class UNet_conditional(UNet):
+    """The course's conditional U-Net: a label's embedding, as wide as the time embedding, is added to it."""
+
+    def __init__(self, channels=3, time_dim=256, num_classes=None, width=64):
+        super().__init__(channels, time_dim, width)
+        self.num_classes = num_classes
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, time_dim)
+
+    def forward(self, x, t, labels=None):
+        emb = sinusoidal_embedding(t, self.time_dim)
+        if labels is not None and self.num_classes is not None:
+            emb = emb + embed_labels(self.label_emb, labels)
+        return self.unet(x, emb)
+
+
+NETWORKS = {cls.__name__: cls for cls in (PatchUNet, UNet, UNet_conditional)}

@@ -1,0 +1,483 @@
+"""The one training loop, its exact resume, and checkpoint files.
+
+Every random draw of step k (which images, flips, timesteps, noise, dropped labels) comes from (seed, k) and is made for the
+global batch. So a run that was killed and resumed ends with the same bits as one that was not, and several processes
+each take their slice of the same batch.
+
+A run folder holds:
+    config.json          what was trained, on what, how
+    state_STEP_HASH.pt   everything needed to go on: the newest two; HASH is the contents' SHA-256, so damage is noticed
+    samples_STEP.png     the same noise, denoised by the averaged weights as training goes on
+    model.safetensors    the finished weights, with the configuration and the loss of every step inside
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ddpm import Diffusion
+from modules import EMA, NETWORKS
+from utils import UserError, atomic_path, augment, generator, pick_device, progress, save_grid, say, to_uint8
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TIMED_STEPS = 20  # with --minutes: how many steps are timed before the run's length is fixed
+
+
+# --- precision ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def pick_precision(device):
+    """The fastest precision that this device really has: bfloat16, else float16 on a GPU, else float32.
+
+    CPUs without bfloat16 units emulate it, up to 100 times slower, and do not say so: a small matrix product is timed.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    if device.type != "cpu":
+        return "float32"
+
+    def seconds(dtype):
+        a, best = torch.ones(256, 256, dtype=dtype), math.inf
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return "bfloat16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "float32"
+
+
+def autocast(device, precision=None):
+    """A context in which networks compute in `precision` (None: what suits the device)."""
+    precision = precision or pick_precision(device)
+    return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "float32")
+
+
+# --- checkpoints: safetensors, with the configuration inside -----------------------------------------------------------
+
+
+def build_model(config):
+    """A network from its configuration, e.g. {"name": "PatchUNet", "width": 48}."""
+    arguments = dict(config)
+    try:
+        return NETWORKS[arguments.pop("name")](**arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"this network cannot be built from {config}: {error}") from error
+
+
+def save_checkpoint(path, weights, config, losses=None, half=False):
+    """Write {"raw": state_dict, "ema_0.999": state_dict, ...} with the configuration to one safetensors file.
+
+    losses: the training loss of every step. half: store the weights in float16, as published files do.
+    """
+    tensors = {f"{kind}.{name}": w for kind, state in weights.items() for name, w in state.items()}
+    # After a copy each tensor owns its memory and is contiguous, as the format wants.
+    tensors = {n: w.detach().to("cpu", torch.float16 if half else None, copy=True, memory_format=torch.contiguous_format)
+               for n, w in tensors.items()}  # fmt: skip
+    if losses is not None:
+        tensors["losses"] = losses.cpu().contiguous()
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"config": json.dumps(config, sort_keys=True)})
+
+
+def read_checkpoint(path):
+    """All tensors (float32) and the configuration of a safetensors checkpoint."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
+            return {name: file.get_tensor(name).float() for name in file.keys()}, config
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{path} is not a checkpoint of this project, or it is damaged: {error}") from error
+
+
+def select_weights(tensors, kind, path="the checkpoint"):
+    """The state dict of one kind of weights: "raw", "ema_0.999", or "ema", the first of several averages."""
+    kinds = list(dict.fromkeys(name.split(".", 1)[0] if not name.startswith("ema_") else
+                               re.match(r"ema_[0-9.]*[0-9]", name)[0] for name in tensors if name != "losses"))  # fmt: skip
+    averages = [k for k in kinds if k.startswith("ema")]
+    if kind is None:
+        kind = averages[0] if averages else "raw"
+    elif kind == "ema" and averages:
+        kind = averages[0]
+    if kind not in kinds:
+        raise UserError(f"{path} has no {kind} weights, only {', '.join(kinds)}")
+    return {name[len(kind) + 1 :]: w for name, w in tensors.items() if name.startswith(f"{kind}.")}
+
+
+def read_course_checkpoint(path):
+    """Weights and configuration of one of the course's .pt files, a pickled state dict, read as data only."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {name.removeprefix("module."): w.float() for name, w in weights.items()}
+        channels, width = weights["outc.weight"].shape[:2]
+    except OSError as error:
+        raise UserError(f"no checkpoint at {path}: {error.strerror}") from error
+    except Exception as error:  # torch.load raises whatever the bytes happen to provoke
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a state dict of the course's networks, or it is damaged: {reason}") from error
+    model = {"name": "UNet", "channels": channels, "width": width}
+    if "label_emb.weight" in weights:
+        model |= {"name": "UNet_conditional", "num_classes": len(weights["label_emb.weight"])}
+    return weights, {"model": model, "diffusion": {"timesteps": 1000, "schedule": "linear"}, "data": {"image_size": 64}}
+
+
+def load_weights(model, weights, path):
+    """load_state_dict, but an error names the first tensor that does not fit."""
+    own = model.state_dict()
+    for name in [*own, *weights]:
+        there, here = (tuple(w[name].shape) if name in w else "nothing" for w in (weights, own))
+        if there != here:
+            raise UserError(f"{path} does not fit the network: {name} is {there} in the file, {here} in the network")
+    model.load_state_dict(weights)
+
+
+def load_checkpoint(path, weights=None, device="cpu"):
+    """(model in eval mode, Diffusion, config) from a safetensors checkpoint or a course .pt file.
+
+    weights: None (the average where there is one), "raw", "ema", or "ema_BETA". Raises UserError.
+    """
+    if Path(path).suffix == ".pt":
+        state, config = read_course_checkpoint(path)
+        if weights == "ema":
+            raise UserError(f"{path} holds one set of weights: leave --ema and --no-ema out")
+    else:
+        tensors, config = read_checkpoint(path)
+        state = select_weights(tensors, weights, path)
+    model = build_model(config["model"])
+    load_weights(model, state, path)
+    model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return model, Diffusion(**config["diffusion"]).to(device), config
+
+
+# --- state: what an interrupted run needs to go on ---------------------------------------------------------------------
+
+
+def save_state(folder, state):
+    """Write state_STEP_HASH.pt atomically, then drop all but the newest two."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    contents = buffer.getbuffer()
+    path = folder / f"state_{state['step']:08d}_{hashlib.sha256(contents).hexdigest()[:16]}.pt"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(contents)
+    for old in sorted(folder.glob("state_*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_state(folder):
+    """The newest undamaged state of a run folder, or None."""
+    for path in sorted(folder.glob("state_*.pt"), reverse=True):
+        contents = path.read_bytes()
+        if hashlib.sha256(contents).hexdigest()[:16] == path.stem.split("_")[-1]:
+            return torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
+        say(f"{path} is damaged: going on from the state before it")
+    return None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the run folder's lock; a second process that wants it is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is training in {folder}: wait for it, or use another --out") from error
+        yield
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a function that tells whether Ctrl-C or a termination request has come; a second one interrupts at once."""
+    received = []
+
+    def handler(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for s, old in previous.items():
+            signal.signal(s, old)
+
+
+# --- several processes -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process_group():
+    """(rank, number of processes) of this process, as torchrun started it; (0, 1) without torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        yield 0, 1
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def any_process(flag, world, device):
+    """True if `flag` is true in any process."""
+    if world == 1:
+        return flag
+    tensor = torch.tensor(float(flag), device=device)
+    dist.all_reduce(tensor)
+    return tensor.item() > 0
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------------
+
+
+def draw_indices(seed, step, batch_size, count):
+    """Which images step `step` sees: the batches of an endless row of shuffled epochs."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    epochs = {p // count: None for p in positions}
+    for epoch in epochs:
+        epochs[epoch] = epoch_order(seed, epoch, count)
+    return torch.tensor([epochs[p // count][p % count] for p in positions])
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, count):
+    return torch.randperm(count, generator=generator(seed, 0, epoch)).tolist()
+
+
+def draw_batch(data, config, step, timesteps):
+    """Everything random about a step's global batch: x0, t, noise, labels."""
+    train = config["train"]
+    g = generator(train["seed"], 1, step)
+    index = draw_indices(train["seed"], step, train["batch_size"], len(data.images))
+    x0 = augment(data, index, g)
+    t = torch.randint(timesteps, (len(x0),), generator=g)
+    noise = torch.randn(x0.shape, generator=g)
+    labels = None
+    if config["model"].get("num_classes"):
+        # One coin for each image, as in Ho & Salimans, or one for the whole batch, as in the course.
+        coins = torch.rand(len(x0) if train["label_dropout"] == "example" else 1, generator=g)
+        labels = torch.where(coins < train["p_uncond"], -1, data.labels[index])
+    return x0, t, noise, labels
+
+
+def train(config, data, out, resume=False, device="auto", minutes=None, sample_every=0, compile=False, accumulate=1):
+    """Train as `config` says and return the path of the finished model.safetensors.
+
+    config: {"model": {...}, "diffusion": {...}, "data": {...}, "train": {"loss", "steps" or None with minutes,
+    "batch_size", "lr", "optimizer", "seed", "p_uncond", "label_dropout", "ema_betas", "ema_start", "precision"}}.
+    Raises UserError for bad input, KeyboardInterrupt once everything is saved after Ctrl-C or a termination request.
+    """
+    out = Path(out)
+    with process_group() as (rank, world), contextlib.ExitStack() as stack:
+        if config["train"]["batch_size"] % (world * accumulate):
+            raise UserError(f"--batch-size {config['train']['batch_size']} must be a multiple of processes x "
+                            f"--accumulate = {world * accumulate}")  # fmt: skip
+        if rank == 0:
+            stack.enter_context(locked(out))
+        run = Run(config, data, out, pick_device(device), rank, world, resume)
+        run.loop(minutes, sample_every, compile, accumulate)
+    return out / "model.safetensors"
+
+
+class Run:
+    """A run's model, averages, optimizer and position."""
+
+    def __init__(self, config, data, out, device, rank, world, resume):
+        self.config, self.data, self.out, self.device, self.rank, self.world = config, data, out, device, rank, world
+        settings = config["train"]
+        if settings["precision"] is None:
+            settings["precision"] = pick_precision(device)
+        torch.manual_seed(settings["seed"])
+        self.model = build_model(config["model"]).to(device, memory_format=torch.channels_last)
+        size = config["data"]["image_size"]
+        if size % self.model.size_multiple:
+            raise UserError(f"this network needs an --image-size that {self.model.size_multiple} divides, not {size}")
+        self.diffusion = Diffusion(**config["diffusion"]).to(device)
+        self.emas = {f"ema_{b:g}": EMA(b, settings["ema_start"]) for b in settings["ema_betas"]}
+        self.ema_models = {kind: EMA.copy_of(self.model) for kind in self.emas}
+        fused = {"fused": True} if device.type in ("cpu", "cuda") else {}
+        self.optimizer = OPTIMIZERS[settings["optimizer"]](self.model.parameters(), lr=settings["lr"], **fused)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "float16")
+        self.step, self.losses = 0, torch.zeros(0)
+        self.saved_at, self.save_seconds, self.last_good = time.monotonic(), 0.0, None
+        self.prepare_folder(resume)
+
+    def prepare_folder(self, resume):
+        state = load_state(self.out)
+        if state is not None and not resume:
+            raise UserError(f"{self.out} holds a run already: add --resume to go on with it, or use another --out")
+        if state is not None:
+            self.restore(state)
+        elif self.rank == 0:
+            self.save()
+        if self.world > 1:
+            dist.barrier()
+
+    # --- state ---
+
+    def save(self):
+        start = time.monotonic()
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise self.diverged(self.step)
+        save_state(self.out, {
+            "config": json.dumps(self.config, sort_keys=True), "step": self.step, "losses": self.losses.cpu().clone(),
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "emas": {kind: ema_model.state_dict() for kind, ema_model in self.ema_models.items()},
+            "scaler": self.scaler.state_dict(),
+        })  # fmt: skip
+        self.last_good, self.saved_at = self.step, time.monotonic()
+        self.save_seconds = self.saved_at - start
+
+    def restore(self, state):
+        saved = json.loads(state["config"])
+        if self.config["train"]["steps"] is None:  # --minutes: the interrupted run fixed its length already
+            self.config["train"]["steps"] = saved["train"]["steps"]
+        for section in self.config:
+            for name in {**self.config[section], **saved.get(section, {})}:
+                here, there = self.config[section].get(name), saved.get(section, {}).get(name)
+                if here != there and name != "steps":
+                    raise UserError(f"{self.out} was started with {name} = {there}, not {here}: --resume goes on with the "
+                                    "same settings only; use another --out")  # fmt: skip
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for kind, weights in state["emas"].items():
+            self.ema_models[kind].load_state_dict(weights)
+            self.emas[kind].step = state["step"]
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.losses = state["step"], state["losses"]
+        self.last_good = self.step
+        if self.rank == 0:
+            say(f"going on from step {self.step} in {self.out}")
+
+    def diverged(self, step):
+        return UserError(
+            f"the loss is not finite at step {step} (learning rate {self.config['train']['lr']:g}): try a smaller --lr; "
+            f"the last good state is step {self.last_good} in {self.out}"
+        )
+
+    # --- training ---
+
+    def loop(self, minutes, sample_every, compile, accumulate):
+        settings = self.config["train"]
+        model = torch.compile(self.model) if compile else self.model
+        if self.world > 1:
+            model = torch.nn.parallel.DistributedDataParallel(model)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.model.train()
+        self.extend_losses()
+        bar = progress(total=settings["steps"], initial=self.step, unit="step", desc=self.out.name, disable=self.rank > 0)
+        checked, started = self.step, time.monotonic()
+        with stop_signals() as stop_requested, bar:
+            while settings["steps"] is None or self.step < settings["steps"]:
+                self.losses[self.step] = self.train_step(model, accumulate)
+                self.step += 1
+                bar.update()
+                if settings["steps"] is None and self.step == TIMED_STEPS:
+                    self.fix_length(minutes, time.monotonic() - started, bar)
+                if self.step % 10 and self.step != settings["steps"] and self.device.type != "cpu":
+                    continue  # reading a loss makes a GPU wait: look at ten at a time
+                window = self.losses[checked : self.step]
+                if not window.isfinite().all():
+                    raise self.diverged(checked + int((~window.isfinite()).nonzero()[0]))
+                checked = self.step
+                bar.set_postfix(loss=f"{self.losses[max(0, self.step - 100) : self.step].mean():.4f}", refresh=False)
+                if any_process(stop_requested(), self.world, self.device):
+                    self.stop()
+                if self.rank == 0:
+                    if sample_every and self.step % sample_every == 0:
+                        self.sample_grid()
+                    if time.monotonic() - self.saved_at > max(5, 60 * self.save_seconds):  # under 2% of the time
+                        self.save()
+        if self.rank == 0:
+            self.finish()
+
+    def train_step(self, model, accumulate):
+        """One optimizer step on this process's share of the global batch; its mean loss, still on the device."""
+        settings = self.config["train"]
+        batch = draw_batch(self.data, self.config, self.step, self.diffusion.timesteps)
+        total = torch.zeros((), device=self.device)
+        for part in range(self.rank * accumulate, (self.rank + 1) * accumulate):
+            x0, t, noise, labels = (
+                None if b is None else b.chunk(self.world * accumulate)[part].to(self.device, non_blocking=True) for b in batch
+            )
+            x0, noise = (b.contiguous(memory_format=torch.channels_last) for b in (x0, noise))
+            with autocast(self.device, settings["precision"]):
+                loss = self.diffusion.loss(model, x0, t, noise, labels, settings["loss"]) / accumulate
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        for kind, ema in self.emas.items():
+            ema.step_ema(self.ema_models[kind], self.model)
+        if self.world > 1:
+            dist.all_reduce(total, dist.ReduceOp.SUM)
+            total /= self.world
+        return total
+
+    def extend_losses(self):
+        """Make room for the losses to come; the first `step` entries are those of the steps made."""
+        more = torch.full(((self.config["train"]["steps"] or TIMED_STEPS) - self.step,), math.nan)
+        self.losses = torch.cat([self.losses[: self.step].cpu(), more]).to(self.device)
+
+    def fix_length(self, minutes, seconds, bar):
+        """--minutes: from the time of the first steps, decide how many steps the run has, for good."""
+        steps = self.step + max(0, round((60 * minutes - seconds) / (seconds / TIMED_STEPS)))
+        if self.world > 1:  # rank 0's clock decides
+            agreed = torch.tensor(steps, device=self.device)
+            dist.broadcast(agreed, 0)
+            steps = int(agreed)
+        self.config["train"]["steps"] = steps
+        self.extend_losses()
+        bar.reset(total=steps)
+        bar.update(self.step)
+        if self.rank == 0:
+            say(f"{minutes:g} minutes are {steps} steps here")
+            self.save()
+
+    def stop(self):
+        if self.rank == 0:
+            self.save()
+        raise KeyboardInterrupt(f"stopped at step {self.step}; the same command with --resume goes on from there")
+
+    def sample_grid(self, n=64):
+        """The first 64 images of seed 0, by the first average where there is one, in 20 second-order steps."""
+        model = next(iter(self.ema_models.values()), self.model)
+        shape = (self.model.channels, *[self.config["data"]["image_size"]] * 2)
+        classes = self.model.num_classes
+        labels = torch.arange(n) % classes if classes else None
+        with autocast(self.device, self.config["train"]["precision"]):
+            images = self.diffusion.sample(model, n, shape, labels=labels, sampler="dpm")
+        save_grid(to_uint8(images), self.out / f"samples_{self.step:08d}.png", columns=8)
+
+    def finish(self):
+        self.save()
+        weights = {"raw": self.model.state_dict()} | {k: m.state_dict() for k, m in self.ema_models.items()}
+        save_checkpoint(self.out / "model.safetensors", weights, self.config, self.losses)
+        with atomic_path(self.out / "config.json") as temporary:
+            temporary.write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
