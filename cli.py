@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import training
 from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES
 from modules import BLOCKS
 from utils import (
-    UserError, load_data, pick_device, progress, save_gif, save_grid, save_samples, image_grid, to_uint8,
+    UserError, atomic_path, image_grid, load_data, pick_device, progress, save_gif, save_grid, save_samples, to_uint8,
 )  # fmt: skip
 
 MODELS = {"patch": "PatchUNet", "course": "UNet"}
@@ -170,7 +171,7 @@ def parse_labels(text, n, num_classes):
         raise UserError(f"--labels is all, none, or class indices such as 0,1,2, not {text!r}") from None
     if wrong := [label for label in chosen if not 0 <= label < num_classes]:
         raise UserError(f"label {wrong[0]} is out of range: this checkpoint has the classes 0 to {num_classes - 1}")
-    return torch.tensor([chosen[i * len(chosen) // n] for i in range(n)]) if n >= len(chosen) else torch.tensor(chosen[:n])
+    return torch.tensor([chosen[i * len(chosen) // max(n, len(chosen))] for i in range(n)])
 
 
 def run_sample(args):
@@ -206,7 +207,8 @@ def run_sample(args):
 
 def save_denoising_gif(frames, path, columns, scale=2, longest=60):
     """A GIF of the denoising: at most `longest` of the x_t, evenly spaced, the sample held for a second at the end."""
-    chosen = [frames[round(i * (len(frames) - 1) / (longest - 1))] for i in range(longest)] if len(frames) > longest else frames
+    count = min(longest, len(frames))
+    chosen = [frames[round(i * (len(frames) - 1) / max(1, count - 1))] for i in range(count)]
     pictures = [image_grid(frame, columns, scale=scale) for frame in chosen]
     save_gif(pictures + 20 * pictures[-1:], path, fps=20)
 
@@ -221,6 +223,11 @@ def run_publish(args):
     tensors, config = training.read_checkpoint(source)
     weights = {}
     for kind in args.weights:
-        weights["ema" if kind.startswith("ema") and len(args.weights) <= 2 else kind] = training.select_weights(tensors, kind, source)
+        weights[kind] = training.select_weights(tensors, kind, config, source)
     training.save_checkpoint(args.out, weights, config, tensors["losses"], half=True)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")
+
+
+def write_json(path, value):
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")

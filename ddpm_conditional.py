@@ -1,18 +1,70 @@
 """Point 2: a conditional DDPM with classifier-free guidance and EMA.
 
     python ddpm_conditional.py train --data cifar10 --out runs/cifar10
-    python ddpm_conditional.py sample --checkpoint runs/cifar10/model.safetensors --labels 0,1,2 --cfg-scale 3 --out samples.png
+    python ddpm_conditional.py sample --checkpoint runs/cifar10/model.safetensors --labels 0,1,2 --cfg-scale 3 --out x.png
+    python ddpm_conditional.py sweep --checkpoint checkpoints/fashion_mnist_conditional.safetensors --out sweep.json
 
 Training drops some labels (`training.draw_batch`), so that one network learns the conditional and the unconditional
 prediction; sampling combines the two (`ddpm.guided`).
 """
 
+import argparse
+import json
+from pathlib import Path
+
 import cli
-from utils import command_line
+import evaluate
+import training
+from utils import command_line, pick_device, progress, say, to_uint8
+
+SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)
+
+
+def run_sweep(args):
+    """Measure the samples of each kind of weights at each guidance scale; what --out already holds is not done again."""
+    sha256 = evaluate.sha256(args.checkpoint)
+    settings = {"checkpoint": args.checkpoint.name, "sha256": sha256, "sampler": {"name": "dpm", "steps": args.steps},
+                "n": args.n, "seed": args.seed}  # fmt: skip
+    rows = []
+    if args.out.exists():
+        previous = json.loads(args.out.read_text())
+        if all(previous.get(name) == value for name, value in settings.items()):
+            rows = previous["rows"]
+    device = pick_device(args.device)
+    for weights in args.weights:
+        model, diffusion, config = training.load_checkpoint(args.checkpoint, weights, device)
+        shape = (model.channels, *[config["data"]["image_size"]] * 2)
+        labels = cli.parse_labels("all", args.n, model.num_classes)
+        for scale in args.scales:
+            if any(row["weights"] == weights and row["cfg_scale"] == scale for row in rows):
+                continue
+            bar = lambda batches: progress(batches, unit="batch", desc=f"{weights}, cfg_scale {scale:g}")  # noqa: B023, E731
+            with training.autocast(device):
+                images = diffusion.sample(model, args.n, shape, labels=labels, cfg_scale=scale, sampler="dpm",
+                                          steps=args.steps, seed=args.seed, progress=bar)  # fmt: skip
+            quality = evaluate.evaluate_samples(
+                to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy(), config["data"]["name"], need_labels=True
+            )
+            rows.append({"weights": weights, "cfg_scale": scale, "quality": quality})
+            say(f"{weights}, cfg_scale {scale:g}: Frechet distance {quality['frechet_distance']:.2f}, "
+                f"label agreement {quality['labels']['agreement']:.1%}")  # fmt: skip
+            cli.write_json(args.out, {"command": "python ddpm_conditional.py sweep", **settings, "rows": rows})
+    print(f"wrote {args.out}: {len(rows)} settings")
 
 
 def main(argv=None):
-    parser, _ = cli.make_parser(__doc__.splitlines()[0], {"data": "cifar10"}, conditional=True)
+    parser, commands = cli.make_parser(__doc__.splitlines()[0], {"data": "cifar10"}, conditional=True)
+    help = "measure quality against the guidance scale, with raw and averaged weights"
+    sweep = commands.add_parser("sweep", help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    sweep.add_argument("--checkpoint", type=Path, required=True, help="a conditional checkpoint")
+    sweep.add_argument("--weights", nargs="+", default=["raw", "ema"], help="raw, ema, or ema_BETA")
+    sweep.add_argument("--scales", nargs="+", type=cli.number(float, 0), default=SCALES, help="guidance scales")
+    sweep.add_argument("--n", type=cli.positive, default=2000, help="samples per setting, spread over the classes")
+    sweep.add_argument("--steps", type=cli.positive, default=20, help="steps of the second-order sampler")
+    sweep.add_argument("--seed", type=cli.seed, default=0, help="image i depends on (seed, i) only")
+    sweep.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    sweep.add_argument("--out", type=Path, required=True, help="the .json to write, or to go on with")
+    sweep.set_defaults(run=run_sweep)
     args = parser.parse_args(argv)
     args.run(args)
 

@@ -5,12 +5,95 @@
     python ddpm_unconditional.py sample --checkpoint runs/cosine_huber/model.safetensors --out samples.png
 """
 
+import argparse
+import json
+from pathlib import Path
+
 import cli
-from utils import command_line
+import evaluate
+import training
+from ddpm import LOSSES, SCHEDULES
+from utils import (
+    ROOT, UserError, atomic_path, command_line, load_data, pick_device, progress, say, save_grid, to_model, to_uint8,
+)  # fmt: skip
+
+# Every experiment is named after the flags in which it differs from `train`'s defaults.
+GRID = {f"{schedule}_{loss}": {"schedule": schedule, "loss": loss} for loss in LOSSES for schedule in SCHEDULES}
+ABLATIONS = {
+    # How large are differences that mean nothing? The same experiment with other seeds.
+    **{f"{s}_l2_seed{k}": {"schedule": s, "loss": "l2", "seed": k} for s in ("linear", "cosine") for k in (1, 2)},
+    "linear_l2_T200": {"schedule": "linear", "loss": "l2", "timesteps": 200},
+    "cosine_l2_T200": {"schedule": "cosine", "loss": "l2", "timesteps": 200},
+    "linear_l2_flip": {"schedule": "linear", "loss": "l2", "flip": True},
+    "cosine_l2_flip": {"schedule": "cosine", "loss": "l2", "flip": True},
+    "linear_l2_10_epochs": {"schedule": "linear", "loss": "l2", "epochs": 10.0},
+    "cosine_l2_10_epochs": {"schedule": "cosine", "loss": "l2", "epochs": 10.0},
+    # The bonus: the variational bound's true weights. Its simple twins are linear_l2, _seed1 and _seed2.
+    **{f"vlb_seed{k}": {"schedule": "linear", "loss": "l2", "objective": "vlb", "seed": k} for k in (0, 1, 2)},
+}
+EXPERIMENTS = GRID | ABLATIONS
+
+
+def run_grid(args):
+    """Train, publish and measure the experiments one by one; what is finished is skipped, what was interrupted goes on.
+
+    Several of these commands share the work: an experiment that another process holds is left to it.
+    """
+    names = args.only or list(GRID)
+    if unknown := [name for name in names if name not in EXPERIMENTS]:
+        raise UserError(f"no experiment is called {unknown[0]!r}: choose from {', '.join(EXPERIMENTS)}")
+    for i, name in enumerate(names):
+        folder = args.out / name
+        say(f"{name} ({i + 1} of {len(names)})")
+        try:
+            if not (folder / "model.safetensors").exists():
+                settings = argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True})
+                cli.run_train(settings)
+            if not (folder / "result.json").exists():
+                measure(name, folder, args.n, args.device)
+        except training.Held as held:
+            say(str(held))
+    results = [json.loads(path.read_text()) for name in EXPERIMENTS if (path := args.out / name / "result.json").exists()]
+    cli.write_json(args.out / "grid.json", results)
+    if args.publish:
+        for result in results:
+            source = args.out / result["name"] / "ema.safetensors"
+            with atomic_path(ROOT / f"checkpoints/grid_{result['name']}.safetensors") as temporary:
+                temporary.write_bytes(source.read_bytes())
+        cli.write_json(ROOT / "report/results/grid.json", {"command": "python ddpm_unconditional.py grid", "runs": results})
+    print(f"wrote {args.out / 'grid.json'}: {len(results)} experiments")
+
+
+def measure(name, folder, n, device):
+    """Publish a finished run as half-precision EMA weights, and measure exactly those: folder/result.json."""
+    tensors, config = training.read_checkpoint(folder / "model.safetensors")
+    path, losses = folder / "ema.safetensors", tensors["losses"]
+    training.save_checkpoint(path, {"ema": training.select_weights(tensors, "ema", config)}, config, losses, half=True)
+    model, diffusion, _ = training.load_checkpoint(path, device=pick_device(device))
+    shape = (model.channels, *[config["data"]["image_size"]] * 2)
+    bar = lambda batches: progress(batches, unit="batch", desc=f"sampling {name}")  # noqa: E731
+    images = to_uint8(diffusion.sample(model, n, shape, sampler="dpm", steps=20, progress=bar))
+    save_grid(images[:64], folder / "samples.png", columns=8)
+    test = load_data(config["data"]["name"], "test", config["data"]["image_size"])
+    held_out = to_model(test.images[:1000])
+    cli.write_json(folder / "result.json", {
+        "name": name, "sha256": evaluate.sha256(path), "config": config, "final_loss": losses[-200:].mean().item(),
+        "sampler": {"name": "dpm", "steps": 20, "n": n, "seed": 0},
+        "quality": evaluate.evaluate_samples(images.permute(0, 2, 3, 1).numpy(), data_name=config["data"]["name"]),
+        "noise_error": evaluate.noise_error(model, diffusion, held_out),
+    })  # fmt: skip
 
 
 def main(argv=None):
     parser, commands = cli.make_parser(__doc__.splitlines()[0], {"data": "fashion_mnist"})
+    help = "the experiments: 4 schedules x 3 losses, trained and measured"
+    grid = commands.add_parser("grid", help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    cli.add_train_flags(grid, conditional=False)
+    grid.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs")
+    grid.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(EXPERIMENTS)}")
+    grid.add_argument("--n", type=cli.positive, default=5000, help="samples to measure")
+    grid.add_argument("--publish", action="store_true", help="also write checkpoints/grid_* and report/results/grid.json")
+    grid.set_defaults(run=run_grid, conditional=False, data="fashion_mnist")
     args = parser.parse_args(argv)
     args.run(args)
 

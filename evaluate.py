@@ -46,8 +46,10 @@ from utils import (
 
 CHECKPOINTS = ROOT / "checkpoints"
 # the feature classifiers' networks and training, by data set; any other data set uses DEFAULT_RECIPE
-DEFAULT_RECIPE: dict[str, Any] = {"widths": [32, 64, 128], "depths": [1, 1], "epochs": 10, "batch_size": 128, "learning_rate": 0.2,
-                  "weight_decay": 5e-4, "label_smoothing": 0.05, "shift": 2}  # fmt: skip
+DEFAULT_RECIPE: dict[str, Any] = {
+    "widths": [32, 64, 128], "depths": [1, 1], "epochs": 10, "batch_size": 128, "learning_rate": 0.2,
+    "weight_decay": 5e-4, "label_smoothing": 0.05, "shift": 2,
+}  # fmt: skip
 RECIPES = {"cifar10": DEFAULT_RECIPE | {"widths": [32, 64, 96, 128], "depths": [1, 1, 1], "epochs": 20, "shift": 4}}
 FIXED_TRAIN = 10_000  # training images whose features are kept
 
@@ -184,7 +186,8 @@ def features(net: FeatureNet, images: torch.Tensor, batch_size: int = 500) -> tu
 
 
 def accuracy(net: FeatureNet, data: ImageData) -> float:
-    return torch.eq(features(net, data.images)[1].argmax(1), data.labels).double().mean().item()
+    assert data.labels is not None
+    return (features(net, data.images)[1].argmax(1) == data.labels).double().mean().item()
 
 
 def checkpoint_path(kind: str, name: str | Path) -> Path:
@@ -505,14 +508,14 @@ def nearest_neighbours(samples: torch.Tensor, data: ImageData, net: FeatureNet |
 
 
 def model_images(data_name: str | None, config: dict, count: int) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-    """`count` test images (float, in [-1, 1]) for a checkpoint, evenly spread over the split; labels; the data's name."""
+    """`count` test images (float, in [-1, 1]) that fit a checkpoint, spread over the split; labels; the data's name."""
     name = data_name or config["data"].get("name")
     if name is None:
         raise UserError("the checkpoint does not name its data set: give --data")
     data = load_data(name, "test", config["data"]["image_size"])
     channels, there = config["model"].get("channels", 3), data.images.shape[1]
     if there != channels:
-        raise UserError(f"the model makes images of {channels} channels, those of {name} have {there}: give another --data")
+        raise UserError(f"the model's images have {channels} channels, those of {name} {there}: give another --data")
     if not 2 <= count <= len(data):
         raise UserError(f"--n must be between 2 and the number of test images of {name}, {len(data):,}, not {count:,}")
     index = torch.arange(count) * len(data) // count

@@ -173,7 +173,7 @@ class PatchUNet(nn.Module):
     """
 
     def __init__(
-        self, channels=1, width=48, mults=(1, 2), depth=1, patch=2, num_classes=None, block="resnet", attention=True
+        self, channels=1, width=32, mults=(1, 2), depth=1, patch=2, num_classes=None, block="resnet", attention=True
     ):
         super().__init__()
         if block not in BLOCKS:

@@ -87,7 +87,7 @@ def save_checkpoint(path, weights, config, losses=None, half=False):
 
     losses: the training loss of every step. half: store the weights in float16, as published files do.
     """
-    tensors = {f"{kind}.{name}": w for kind, state in weights.items() for name, w in state.items()}
+    tensors = {f"{kind}/{name}": w for kind, state in weights.items() for name, w in state.items()}
     # After a copy each tensor owns its memory and is contiguous, as the format wants.
     tensors = {n: w.detach().to("cpu", torch.float16 if half else None, copy=True, memory_format=torch.contiguous_format)
                for n, w in tensors.items()}  # fmt: skip
@@ -110,18 +110,19 @@ def read_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint of this project, or it is damaged: {error}") from error
 
 
-def select_weights(tensors, kind, path="the checkpoint"):
-    """The state dict of one kind of weights: "raw", "ema_0.999", or "ema", the first of several averages."""
-    kinds = list(dict.fromkeys(name.split(".", 1)[0] if not name.startswith("ema_") else
-                               re.match(r"ema_[0-9.]*[0-9]", name)[0] for name in tensors if name != "losses"))  # fmt: skip
-    averages = [k for k in kinds if k.startswith("ema")]
+def select_weights(tensors, kind, config, path="the checkpoint"):
+    """The state dict of one kind of weights: "raw", "ema_BETA", or "ema", the run's first --ema-beta.
+
+    None is "ema", or "raw" where there is no average.
+    """
+    kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
     if kind is None:
-        kind = averages[0] if averages else "raw"
-    elif kind == "ema" and averages:
-        kind = averages[0]
+        kind = "ema" if any(k.startswith("ema") for k in kinds) else "raw"
+    if kind == "ema" and kind not in kinds and config["train"]["ema_betas"]:
+        kind = f"ema_{config['train']['ema_betas'][0]:g}"
     if kind not in kinds:
         raise UserError(f"{path} has no {kind} weights, only {', '.join(kinds)}")
-    return {name[len(kind) + 1 :]: w for name, w in tensors.items() if name.startswith(f"{kind}.")}
+    return {name.removeprefix(f"{kind}/"): w for name, w in tensors.items() if name.startswith(f"{kind}/")}
 
 
 def read_course_checkpoint(path):
@@ -162,7 +163,7 @@ def load_checkpoint(path, weights=None, device="cpu"):
             raise UserError(f"{path} holds one set of weights: leave --ema and --no-ema out")
     else:
         tensors, config = read_checkpoint(path)
-        state = select_weights(tensors, weights, path)
+        state = select_weights(tensors, weights, config, path)
     model = build_model(config["model"])
     load_weights(model, state, path)
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -194,6 +195,10 @@ def load_state(folder):
     return None
 
 
+class Held(UserError):
+    """Another process is working on the run."""
+
+
 @contextlib.contextmanager
 def locked(folder):
     """Hold the run folder's lock; a second process that wants it is refused."""
@@ -202,7 +207,7 @@ def locked(folder):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another process is training in {folder}: wait for it, or use another --out") from error
+            raise Held(f"another process is training in {folder}: wait for it, or use another --out") from error
         yield
 
 
@@ -390,7 +395,9 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.model.train()
         self.extend_losses()
-        bar = progress(total=settings["steps"], initial=self.step, unit="step", desc=self.out.name, disable=self.rank > 0)
+        bar = progress(
+            total=settings["steps"], initial=self.step, unit="step", desc=self.out.name, disable=self.rank > 0
+        )
         checked, started = self.step, time.monotonic()
         with stop_signals() as stop_requested, bar:
             while settings["steps"] is None or self.step < settings["steps"]:
@@ -423,7 +430,7 @@ class Run:
         total = torch.zeros((), device=self.device)
         for part in range(self.rank * accumulate, (self.rank + 1) * accumulate):
             x0, t, noise, labels = (
-                None if b is None else b.chunk(self.world * accumulate)[part].to(self.device, non_blocking=True) for b in batch
+                None if b is None else b.chunk(self.world * accumulate)[part].to(self.device) for b in batch
             )
             x0, noise = (b.contiguous(memory_format=torch.channels_last) for b in (x0, noise))
             with autocast(self.device, settings["precision"]):

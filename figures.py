@@ -1,0 +1,148 @@
+"""One look for the figures of the notebooks and the report: colours, line styles, grids of images, where they go.
+
+The colours are Okabe & Ito's, which colour-blind readers can tell apart; every colour comes with a line style or marker
+of its own, so that a print in grey can be read too. What a colour means is the same in every figure.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from utils import ROOT, atomic_path, image_grid, to_uint8
+
+FIGURES = ROOT / "report/figures"
+RESULTS = ROOT / "report/results"
+CHECKPOINTS = ROOT / "checkpoints"
+
+ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+SCHEDULE_STYLE = {
+    "linear": {"color": BLUE, "linestyle": "-"},
+    "cosine": {"color": VERMILLION, "linestyle": "--"},
+    "quadratic": {"color": GREEN, "linestyle": "-."},
+    "sigmoid": {"color": PURPLE, "linestyle": ":"},
+}
+LOSS_STYLE = {
+    "l1": {"color": SKY, "marker": "o", "linestyle": "-."},
+    "l2": {"color": "black", "marker": "s", "linestyle": "-"},
+    "huber": {"color": ORANGE, "marker": "^", "linestyle": "--"},
+}
+OBJECTIVE_STYLE = {"simple": {"color": BLUE, "linestyle": "-"}, "vlb": {"color": ORANGE, "linestyle": "--"}}
+WEIGHTS_STYLE = {
+    "raw": {"color": "0.55", "linestyle": "-", "marker": "o"},
+    "ema": {"color": "black", "linestyle": "--", "marker": "s"},
+}
+
+STYLE = {
+    "figure.dpi": 110, "savefig.dpi": 200, "figure.figsize": (6.7, 2.6), "figure.constrained_layout.use": True,
+    "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7.5,
+    "lines.linewidth": 1.6, "lines.markersize": 4,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "legend.frameon": False,
+    # text as outlines, numbered without a random salt, no date: the same figure is the same bytes
+    "svg.fonttype": "path", "svg.hashsalt": "ddpm", "image.composite_image": False,
+}  # fmt: skip
+
+
+def use_style():
+    """Set the style for every figure made from here on."""
+    matplotlib.rcParams.update(STYLE)
+
+
+def save(fig, name, sources=()):
+    """Write a plot to report/figures/NAME.svg; `sources` are the files (checkpoints, results) it was drawn from."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="svg", metadata={"Date": None})
+    record(name, ".svg", buffer.getvalue(), sources)
+
+
+def save_pixels(picture, name, sources=()):
+    """Write a picture (uint8, H x W x 3, or H x W) as it is to report/figures/NAME.png."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    record(name, ".png", buffer.getvalue(), sources)
+
+
+def record(name, suffix, contents, sources):
+    """Write the figure, and beside it NAME.json: what it was drawn from, so that the report can tell if that changed."""
+    with atomic_path(FIGURES / f"{name}{suffix}") as temporary:
+        temporary.write_bytes(contents)
+    hashes = {Path(source).relative_to(ROOT).as_posix(): sha256(source) for source in sources}
+    with atomic_path(FIGURES / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps({"file": f"{name}{suffix}", "sources": hashes}, indent=2) + "\n")
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def save_result(name, result):
+    """Write numbers for the report to report/results/NAME.json, at six digits, which no processor changes."""
+    with atomic_path(RESULTS / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(six_digits(result), indent=2) + "\n")
+
+
+def six_digits(value):
+    if isinstance(value, dict):
+        return {key: six_digits(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [six_digits(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def read_result(name):
+    """report/results/NAME.json, or None where it has not been made."""
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads((RESULTS / f"{name}.json").read_text())
+    return None
+
+
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+def as_uint8(images):
+    """N x C x H x W, uint8 or float in [-1, 1] -> uint8 tensor."""
+    images = torch.as_tensor(images)
+    return images if images.dtype == torch.uint8 else to_uint8(images)
+
+
+def pixels(images, columns, scale=4, padding=1):
+    """A grid of images with every pixel enlarged to a square of scale x scale: uint8, H x W x 3."""
+    return image_grid(as_uint8(images), columns, padding=padding * scale, scale=scale)
+
+
+def show(picture):
+    """Show a picture in a notebook, unsmoothed, pixel for pixel."""
+    from IPython.display import display
+
+    display(Image.fromarray(picture))
+
+
+def labelled_rows(rows, column_labels=None, scale=4, width=6.7, gap=1):
+    """A figure whose rows are named lists of images (all of one size and number): {"EMA": N x C x H x W, ...}."""
+    images = [as_uint8(row) for row in rows.values()]
+    count, (channels, height, side) = len(images[0]), images[0].shape[1:]
+    grid = pixels(torch.cat([row.expand(-1, 3, -1, -1) if channels == 1 else row for row in images]), count, scale, gap)
+    label_room = 0.062 * max(len(part) for name in rows for part in name.split("\n")) + 0.1
+    label_height = 0.2 if column_labels is not None else 0.02
+    picture_width = width - label_room
+    picture_height = picture_width * grid.shape[0] / grid.shape[1]
+    fig = plt.figure(figsize=(width, picture_height + label_height), layout="none")
+    total = picture_height + label_height
+    axes = fig.add_axes((label_room / width, 0, picture_width / width, picture_height / total))
+    axes.imshow(grid, interpolation="none", aspect="auto")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, pad=2)
+    axes.xaxis.tick_top()
+    pitch_x, pitch_y = (side + gap) * scale, (height + gap) * scale
+    labels = list(column_labels) if column_labels is not None else []
+    axes.set_xticks([gap * scale / 2 + (i + 0.5) * pitch_x for i in range(len(labels))], labels)
+    axes.set_yticks([gap * scale / 2 + (i + 0.5) * pitch_y for i in range(len(rows))], list(rows))
+    return fig

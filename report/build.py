@@ -1,0 +1,153 @@
+"""From the notebooks to the report.
+
+    python report/build.py notebooks [NAME ...]      execute notebooks/NAME.ipynb (default: all) into build/
+    python report/build.py notebooks --inplace       the same, and keep the outputs in notebooks/ (for authors)
+    python report/build.py pdf --lastname Perez      typeset report/report.typ as report/Perez_DDPM.pdf
+
+The report shows a figure or a number only where its file is there, and only if the weights and statistics that it was
+made from are those in checkpoints/: what is out of date is an error that says what to run.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+REPORT = Path(__file__).resolve().parent
+ROOT = REPORT.parent
+sys.path.insert(0, str(ROOT))
+
+from figures import CHECKPOINTS, FIGURES, RESULTS, sha256  # noqa: E402
+from utils import UserError, atomic_path, command_line, progress  # noqa: E402
+
+TIMESTAMP = 1_700_000_000  # of every PDF, so that equal contents are equal bytes
+
+
+def execute_notebook(path, out, timeout=600):
+    """Run all cells of a notebook in its own folder and write it, with the outputs, to `out`. Raises UserError."""
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError
+
+    notebook = nbformat.read(path, as_version=4)
+    cells = sum(cell.cell_type == "code" for cell in notebook.cells)
+    with progress(total=cells, desc=path.stem, unit="cell") as bar:
+        client = NotebookClient(
+            notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+            record_timing=False, coalesce_streams=True, on_cell_executed=lambda **_: bar.update(),
+        )  # fmt: skip
+        try:
+            client.execute()
+        except CellTimeoutError:
+            raise UserError(f"a cell of {path.name} took more than {timeout} s") from None
+        except CellExecutionError as error:
+            raise UserError(f"{path.name} failed: {error.ename}: {error.evalue} (open it to see the cell)") from error
+    # the kernel's own version is no news
+    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    with atomic_path(out) as temporary:
+        nbformat.write(notebook, temporary)
+
+
+def run_notebooks(args):
+    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    known = [path.stem for path in paths]
+    if unknown := [name for name in args.names if name not in known]:
+        raise UserError(f"there is no notebook {unknown[0]}: choose from {', '.join(known)}")
+    for path in paths:
+        if not args.names or path.stem in args.names:
+            start = time.monotonic()
+            out = path if args.inplace else ROOT / "build" / path.name
+            execute_notebook(path, out)
+            print(f"wrote {out.relative_to(ROOT)} ({time.monotonic() - start:.0f} s)")
+
+
+# --- what the report may use -------------------------------------------------------------------------------------------
+
+
+def stale_sources(value, data=None):
+    """Pairs (file, why) of the shipped files that a result names with a SHA-256 that is not theirs."""
+    if isinstance(value, list):
+        return [pair for item in value for pair in stale_sources(item, data)]
+    if not isinstance(value, dict):
+        return []
+    data = value.get("data", data)
+    claims = []
+    if "checkpoint" in value:
+        claims.append((Path(str(value["checkpoint"])).name, value.get("sha256")))
+    if isinstance(features := value.get("features"), dict):
+        claims.append((f"features_{features.get('name')}.safetensors", features.get("sha256")))
+    if isinstance(reference := value.get("reference"), dict):
+        claims.append((f"reference_{data}.safetensors", reference.get("sha256")))
+    stale = []
+    for name, recorded in claims:
+        path = CHECKPOINTS / name
+        if name == "model.safetensors":
+            continue  # of a run that was not published
+        if recorded is not None and not path.is_file():
+            stale.append((name, "is missing"))
+        elif recorded is not None and sha256(path) != recorded:
+            stale.append((name, "has other contents now"))
+    return stale + [pair for item in value.values() for pair in stale_sources(item, data)]
+
+
+def available():
+    """The names of the figures and results that the report can use. Raises UserError for one that is out of date."""
+    figures, results = {}, []
+    for path in sorted(FIGURES.glob("*.json")):
+        about = json.loads(path.read_text())
+        for source, recorded in about["sources"].items():
+            if not (ROOT / source).is_file() or sha256(ROOT / source) != recorded:
+                raise UserError(f"{about['file']} was drawn from another {source}: run `python report/build.py notebooks`")
+        figures[path.stem] = about["file"]
+    for path in sorted(RESULTS.glob("*.json")):
+        for name, why in stale_sources(json.loads(path.read_text())):
+            raise UserError(f"{path.relative_to(ROOT)} was made from a {name} that {why}: run its \"command\" again")
+        results.append(path.stem)
+    return {"figures": figures, "results": results}
+
+
+# --- the PDF ------------------------------------------------------------------------------------------------------------
+
+
+def build_pdf(lastname, out=None):
+    """Typeset the report; returns the PDF's path. Raises UserError."""
+    import typst
+
+    if not re.fullmatch(r"[^\W_][\w' -]*", lastname):
+        raise UserError(f"LASTNAME={lastname!r} cannot be part of a file name: use letters")
+    out = out or REPORT / f"{lastname}_DDPM.pdf"
+    inputs = {"lastname": lastname, "available": json.dumps(available())}
+    try:
+        pdf = typst.compile(
+            REPORT / "report.typ", root=REPORT, ignore_system_fonts=True, sys_inputs=inputs, timestamp=TIMESTAMP,
+        )  # fmt: skip
+    except typst.TypstError as error:
+        raise UserError(f"report.typ does not compile: {error}") from error
+    with atomic_path(out) as temporary:
+        temporary.write_bytes(pdf)
+    return out
+
+
+def run_pdf(args):
+    path = build_pdf(args.lastname)
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    notebooks = commands.add_parser("notebooks", help="execute the notebooks")
+    notebooks.add_argument("names", nargs="*", metavar="NAME", help="such as 01_forward_process (default: all)")
+    notebooks.add_argument("--inplace", action="store_true", help="write the outputs into notebooks/")
+    notebooks.set_defaults(run=run_notebooks)
+    pdf = commands.add_parser("pdf", help="typeset the report")
+    pdf.add_argument("--lastname", default="Lastname", help="the name on it and in its file name (default: Lastname)")
+    pdf.set_defaults(run=run_pdf)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# From a fresh clone to the report, in one command:
+#
+#   bash run.sh                   install what is missing, execute the notebooks, draw the figures, build the PDF
+#   LASTNAME=Perez bash run.sh    the same, and the report is report/Perez_DDPM.pdf
+#   bash run.sh setup             only make .venv and install requirements.txt
+#
+# PYTHON=python3.12 bash run.sh takes that Python; otherwise the first one that is new enough.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+stage() { printf '\n== %s\n' "$*"; }
+fail() { printf 'run.sh: error: %s\n' "$*" >&2; exit 2; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.10 or newer among ${PYTHON:-python3, python3.10 to 3.13, python}: install one, or name it with PYTHON=..."
+}
+
+# install FILE: once, and again whenever FILE has changed; the stamp is written only when all of it is installed
+install() {
+    local stamp=".venv/installed-${1//\//-}"
+    if cmp -s "$1" "$stamp"; then
+        echo "$1: installed"
+        return
+    fi
+    .venv/bin/python -m pip install --disable-pip-version-check -r "$1" ||
+        fail "could not install $1: the last lines above say why; the same command goes on from here"
+    cp "$1" "$stamp"
+}
+
+setup() {
+    stage "Python environment in .venv"
+    if ! .venv/bin/python -c 'import pip' 2>/dev/null; then  # not made yet, half made, or moved here from elsewhere
+        local python
+        python=$(find_python)
+        rm -rf .venv
+        "$python" -m venv .venv || { rm -rf .venv; fail "$python cannot make a .venv: install its venv module (Debian: apt install python3-venv)"; }
+    fi
+    install requirements.txt
+    for file in "$@"; do install "$file"; done
+}
+
+if [ "${1:-}" = setup ]; then
+    setup "${@:2}"
+    exit
+elif [ $# -gt 0 ]; then
+    fail "unknown argument $1: see the first lines of run.sh"
+fi
+
+setup
+stage "Notebooks: executed copies go to build/, their figures to report/figures"
+.venv/bin/python report/build.py notebooks
+stage "Report"
+.venv/bin/python report/build.py pdf --lastname "${LASTNAME:-Lastname}"
