@@ -12,45 +12,41 @@ import training
 from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES
 from modules import BLOCKS
 from utils import (
-    UserError, atomic_path, image_grid, load_data, pick_device, progress, save_gif, save_grid, save_samples, to_uint8,
+    ArgumentParser,
+    UserError,
+    atomic_path,
+    check_writable,
+    image_grid,
+    load_data,
+    natural,
+    number,
+    pick_device,
+    positive,
+    progress,
+    save_gif,
+    save_grid,
+    save_samples,
+    to_uint8,
 )  # fmt: skip
 
 MODELS = {"patch": "PatchUNet", "course": "UNet"}
 
 
-def number(kind, low, high=math.inf, open_low=False):
-    """An argparse type: an int or float within [low, high], or (low, high]."""
-
-    def parse(text):
-        value = kind(text)
-        if not (low < value if open_low else low <= value) or not value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-positive = number(int, 1)
-seed = number(int, 0)
-
-
 def make_parser(description, defaults, conditional=False):
     """The parser and its subcommands; `defaults` overrides the defaults of flags."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = ArgumentParser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)
-    formatter = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
 
-    train = commands.add_parser("train", help="train a model", **formatter)
+    train = commands.add_parser("train", help="train a model")
     add_train_flags(train, conditional)
     train.add_argument("--out", type=Path, required=True, help="the run's folder, such as runs/NAME")
     train.set_defaults(run=run_train, conditional=conditional, **defaults)
 
-    sample = commands.add_parser("sample", help="sample a trained model", **formatter)
+    sample = commands.add_parser("sample", help="sample a trained model")
     add_sample_flags(sample, conditional)
     sample.set_defaults(run=run_sample)
 
-    publish = commands.add_parser("publish", help="make a small checkpoint of a finished run", **formatter)
+    publish = commands.add_parser("publish", help="make a small checkpoint of a finished run")
     publish.add_argument("--run", type=Path, required=True, dest="folder", help="a finished run's folder")
     publish.add_argument("--weights", nargs="+", default=["ema"], help="raw, ema, or ema_BETA")
     publish.add_argument("--out", type=Path, required=True, help="the checkpoint to write, half precision")
@@ -68,16 +64,16 @@ def add_train_flags(parser, conditional):
     add("--loss", choices=list(LOSSES), default="l2", help="between true and predicted noise")
     add("--objective", choices=OBJECTIVES, default="simple", help="vlb: the bound's true weights (l2 only)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=number(float, 0, open_low=True), default=5, help="passes over the data")
-    length.add_argument("--minutes", type=number(float, 0, open_low=True), help="train this long instead of --epochs")
+    length.add_argument("--epochs", type=number(float, 0, 1e9, above=True), default=5, help="passes over the data")
+    length.add_argument("--minutes", type=number(float, 0, 1e9, above=True), help="train this long instead of --epochs")
     add("--batch-size", type=positive, default=128, help="images per step, over all processes")
-    add("--lr", type=number(float, 0, open_low=True), default=1e-3, help="learning rate, constant")
+    add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate, constant")
     add("--optimizer", choices=list(training.OPTIMIZERS), default="adam", help="optimizer")
-    add("--seed", type=seed, default=0, help="of the weights and of every random draw")
+    add("--seed", type=natural, default=0, help="of the weights and of every random draw")
     add("--model", choices=list(MODELS), default="patch", help="patch: this project's network; course: the course's")
-    add("--width", type=positive, help="feature maps at the first level (default: the network's own)")
-    add("--mults", type=positive, nargs="+", help="width of each level, in multiples of --width (patch)")
-    add("--depth", type=positive, help="blocks per level (patch)")
+    add("--width", type=number(int, 1, 4096), help="feature maps at the first level (default: the network's own)")
+    add("--mults", type=number(int, 1, 64), nargs="+", help="width of each level, in multiples of --width (patch)")
+    add("--depth", type=number(int, 1, 64), help="blocks per level (patch)")
     add("--block", choices=list(BLOCKS), help="kind of block (patch)")
     add("--attention", action=argparse.BooleanOptionalAction, help="linear attention at the outer levels (patch)")
     add("--ema-beta", type=number(float, 0, 0.999999), nargs="+", default=[0.999], help="one or more averages to keep")
@@ -107,12 +103,12 @@ def add_sample_flags(parser, conditional):
         add("--labels", default="all", help="all, none, or class indices such as 0,1,2; --n is spread over them")
         add("--cfg-scale", type=number(float, 0), default=0.0, help="guidance: 0 (or 1) none")
     add("--batch-size", type=positive, default=250, help="images denoised at once")
-    add("--seed", type=seed, default=0, help="image i depends on (seed, i) only")
+    add("--seed", type=natural, default=0, help="image i depends on (seed, i) only")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--out", type=Path, required=True, help="what to write: .png (grid), .gif (denoising) or .npz (all samples)")
 
 
-# --- train -------------------------------------------------------------------------------------------------------------
+# --- train -----------------------------------------------------------------------------------------------------------
 
 
 def make_config(args, data):
@@ -133,6 +129,8 @@ def make_config(args, data):
     if args.objective == "vlb" and args.loss != "l2":
         raise UserError(f"--objective vlb is defined for --loss l2 only, not {args.loss}")
     steps = None if args.minutes else max(1, round(args.epochs * len(data) / args.batch_size))
+    if steps and steps > training.MAX_STEPS:
+        raise UserError(f"--epochs {args.epochs:g} would be {steps:,} steps: that is a mistake")
     return {
         "model": model,
         "diffusion": {"timesteps": args.timesteps, "schedule": args.schedule, "objective": args.objective},
@@ -156,7 +154,7 @@ def run_train(args):
     print(f"wrote {path}")
 
 
-# --- sample ------------------------------------------------------------------------------------------------------------
+# --- sample ----------------------------------------------------------------------------------------------------------
 
 
 def parse_labels(text, n, num_classes):
@@ -179,6 +177,7 @@ def run_sample(args):
     if suffix not in (".png", ".gif", ".npz"):
         raise UserError(f"--out must end in .png, .gif or .npz, not {args.out.name!r}")
     weights = {None: None, True: "ema", False: "raw"}[args.ema]
+    check_writable(args.out)
     device = pick_device(args.device)
     model, diffusion, config = training.load_checkpoint(args.checkpoint, weights, device)
     if args.steps and args.steps > diffusion.timesteps:
@@ -197,7 +196,7 @@ def run_sample(args):
             images = to_uint8(diffusion.sample(model, args.n, shape, batch_size=args.batch_size, progress=bar, **options))
     columns = math.ceil(args.n**0.5)
     if suffix == ".npz":
-        save_samples(args.out, images.permute(0, 2, 3, 1), labels)
+        save_samples(args.out, images, labels)
     elif suffix == ".png":
         save_grid(images, args.out, columns)
     else:
@@ -213,7 +212,7 @@ def save_denoising_gif(frames, path, columns, scale=2, longest=60):
     save_gif(pictures + 20 * pictures[-1:], path, fps=20)
 
 
-# --- publish -----------------------------------------------------------------------------------------------------------
+# --- publish ---------------------------------------------------------------------------------------------------------
 
 
 def run_publish(args):
@@ -224,7 +223,7 @@ def run_publish(args):
     weights = {}
     for kind in args.weights:
         weights[kind] = training.select_weights(tensors, kind, config, source)
-    training.save_checkpoint(args.out, weights, config, tensors["losses"], half=True)
+    training.save_checkpoint(args.out, weights, config, tensors.get("losses"), half=True)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")
 
 

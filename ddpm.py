@@ -20,6 +20,7 @@ LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 OBJECTIVES = ("simple", "vlb")
 SAMPLERS = ("ddpm", "ddim", "dpm")
 BETA_START, BETA_END = 1e-4, 0.02  # chosen by Ho et al. for T = 1000
+MAX_TIMESTEPS = 100_000
 
 
 def beta_schedule(name, timesteps):
@@ -29,10 +30,10 @@ def beta_schedule(name, timesteps):
     cosine      Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17, with s = 0.008 and betas clipped at 0.999
     quadratic   linear in sqrt(beta)
     sigmoid     a logistic curve from beta_start to beta_end
-    Raises ValueError for an unknown name or T < 1.
+    Raises ValueError for an unknown name and for T < 1 or beyond reason.
     """
-    if timesteps < 1:
-        raise ValueError(f"timesteps must be at least 1, not {timesteps}")
+    if not 1 <= timesteps <= MAX_TIMESTEPS:
+        raise ValueError(f"timesteps must be between 1 and {MAX_TIMESTEPS}, not {timesteps}")
     f64 = torch.float64
     if name == "linear":
         return torch.linspace(BETA_START, BETA_END, timesteps, dtype=f64)
@@ -65,6 +66,8 @@ class Diffusion:
         self.timesteps, self.schedule, self.objective = timesteps, schedule, objective
         betas = beta_schedule(schedule, timesteps)
         alphas_cumprod = (1 - betas).cumprod(0)
+        if alphas_cumprod[-1] < 1e-70:  # its root would be 0 in float32
+            raise ValueError(f"{timesteps} timesteps are too many for the {schedule} schedule: the image is long gone before")
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         # The samplers read these as Python floats: exact, and no table look-up on the device in each step.
         self.alphas_cumprod_float64 = alphas_cumprod.tolist()
@@ -86,7 +89,7 @@ class Diffusion:
                 setattr(self, name, value.to(device))
         return self
 
-    # --- forward process ---------------------------------------------------------------------------------------------
+    # --- forward process -------------------------------------------------------------------------------------------
 
     def q_sample(self, x0, t, noise):
         """x_t given x0, in one step: Ho eq. 4. Shapes: x0, noise N x C x H x W; t int64 N."""
@@ -101,7 +104,7 @@ class Diffusion:
         """The x0 that x_t and the predicted noise imply: Ho eq. 4 solved for x0."""
         return (x_t - per_image(self.sqrt_one_minus_alphas_cumprod, t) * eps) / per_image(self.sqrt_alphas_cumprod, t)
 
-    # --- training ----------------------------------------------------------------------------------------------------
+    # --- training --------------------------------------------------------------------------------------------------
 
     def loss(self, model, x0, t, noise, labels=None, loss="l2"):
         """The training loss, a scalar: the noise's prediction error at x_t, averaged over pixels and images.
@@ -114,7 +117,7 @@ class Diffusion:
             per_pixel = per_image(self.vlb_weights, t) * per_pixel
         return per_pixel.mean()
 
-    # --- sampling ----------------------------------------------------------------------------------------------------
+    # --- sampling --------------------------------------------------------------------------------------------------
     # A sampler is a generator that yields every x_t: first the noise it starts from, last the sample. `eps_model(x, t)`
     # predicts the noise in a batch x at one timestep t (a Python int); `draw()` returns fresh standard normal noise.
 

@@ -8,14 +8,13 @@ Training drops some labels (`training.draw_batch`), so that one network learns t
 prediction; sampling combines the two (`ddpm.guided`).
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import cli
 import evaluate
 import training
-from utils import command_line, pick_device, progress, say, to_uint8
+from utils import command_line, natural, number, pick_device, positive, progress, say, to_uint8
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)
 
@@ -55,13 +54,13 @@ def run_sweep(args):
 def main(argv=None):
     parser, commands = cli.make_parser(__doc__.splitlines()[0], {"data": "cifar10"}, conditional=True)
     help = "measure quality against the guidance scale, with raw and averaged weights"
-    sweep = commands.add_parser("sweep", help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    sweep = commands.add_parser("sweep", help=help)
     sweep.add_argument("--checkpoint", type=Path, required=True, help="a conditional checkpoint")
     sweep.add_argument("--weights", nargs="+", default=["raw", "ema"], help="raw, ema, or ema_BETA")
-    sweep.add_argument("--scales", nargs="+", type=cli.number(float, 0), default=SCALES, help="guidance scales")
-    sweep.add_argument("--n", type=cli.positive, default=2000, help="samples per setting, spread over the classes")
-    sweep.add_argument("--steps", type=cli.positive, default=20, help="steps of the second-order sampler")
-    sweep.add_argument("--seed", type=cli.seed, default=0, help="image i depends on (seed, i) only")
+    sweep.add_argument("--scales", nargs="+", type=number(float, 0), default=SCALES, help="guidance scales")
+    sweep.add_argument("--n", type=positive, default=2000, help="samples per setting, spread over the classes")
+    sweep.add_argument("--steps", type=positive, default=20, help="steps of the second-order sampler")
+    sweep.add_argument("--seed", type=natural, default=0, help="image i depends on (seed, i) only")
     sweep.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     sweep.add_argument("--out", type=Path, required=True, help="the .json to write, or to go on with")
     sweep.set_defaults(run=run_sweep)

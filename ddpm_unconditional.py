@@ -6,15 +6,30 @@
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
+
+import torch
 
 import cli
 import evaluate
 import training
 from ddpm import LOSSES, SCHEDULES
 from utils import (
-    ROOT, UserError, atomic_path, command_line, load_data, pick_device, progress, say, save_grid, to_model, to_uint8,
+    ROOT,
+    UserError,
+    atomic_path,
+    command_line,
+    generator,
+    load_data,
+    pick_device,
+    positive,
+    progress,
+    save_grid,
+    say,
+    to_model,
+    to_uint8,
 )  # fmt: skip
 
 # Every experiment is named after the flags in which it differs from `train`'s defaults.
@@ -70,28 +85,37 @@ def measure(name, folder, n, device):
     path, losses = folder / "ema.safetensors", tensors["losses"]
     training.save_checkpoint(path, {"ema": training.select_weights(tensors, "ema", config)}, config, losses, half=True)
     model, diffusion, _ = training.load_checkpoint(path, device=pick_device(device))
-    shape = (model.channels, *[config["data"]["image_size"]] * 2)
-    bar = lambda batches: progress(batches, unit="batch", desc=f"sampling {name}")  # noqa: E731
-    images = to_uint8(diffusion.sample(model, n, shape, sampler="dpm", steps=20, progress=bar))
-    save_grid(images[:64], folder / "samples.png", columns=8)
-    test = load_data(config["data"]["name"], "test", config["data"]["image_size"])
-    held_out = to_model(test.images[:1000])
-    cli.write_json(folder / "result.json", {
+    data, size = config["data"]["name"], config["data"]["image_size"]
+
+    def sample_and_measure(picture, x_T=None):
+        bar = functools.partial(progress, unit="batch", desc=f"sampling {name}")
+        shape = (model.channels, size, size)
+        images = to_uint8(diffusion.sample(model, n, shape, sampler="dpm", steps=20, progress=bar, x_T=x_T))
+        save_grid(images[:64], folder / picture, columns=8)
+        return evaluate.evaluate_samples(images.permute(0, 2, 3, 1).numpy(), data_name=data)
+
+    result = {
         "name": name, "sha256": evaluate.sha256(path), "config": config, "final_loss": losses[-200:].mean().item(),
-        "sampler": {"name": "dpm", "steps": 20, "n": n, "seed": 0},
-        "quality": evaluate.evaluate_samples(images.permute(0, 2, 3, 1).numpy(), data_name=config["data"]["name"]),
-        "noise_error": evaluate.noise_error(model, diffusion, held_out),
-    })  # fmt: skip
+        "sampler": {"name": "dpm", "steps": 20, "n": n, "seed": 0}, "quality": sample_and_measure("samples.png"),
+        "noise_error": evaluate.noise_error(model, diffusion, to_model(load_data(data, "test", size).images[:1000])),
+    }  # fmt: skip
+    if diffusion.alphas_cumprod[-1] > 0.01:
+        # The forward process stops short of noise: is the network to blame, or the N(0, I) that sampling starts from?
+        x0 = to_model(load_data(data, "train", size).images[:n])
+        noise = torch.randn(x0.shape, generator=generator(0, 2))
+        x_T = diffusion.q_sample(x0, torch.full((len(x0),), diffusion.timesteps - 1), noise)
+        result["quality_from_true_x_T"] = sample_and_measure("samples_from_true_x_T.png", x_T)
+    cli.write_json(folder / "result.json", result)
 
 
 def main(argv=None):
     parser, commands = cli.make_parser(__doc__.splitlines()[0], {"data": "fashion_mnist"})
     help = "the experiments: 4 schedules x 3 losses, trained and measured"
-    grid = commands.add_parser("grid", help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    grid = commands.add_parser("grid", help=help)
     cli.add_train_flags(grid, conditional=False)
     grid.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs")
     grid.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(EXPERIMENTS)}")
-    grid.add_argument("--n", type=cli.positive, default=5000, help="samples to measure")
+    grid.add_argument("--n", type=positive, default=5000, help="samples to measure")
     grid.add_argument("--publish", action="store_true", help="also write checkpoints/grid_* and report/results/grid.json")
     grid.set_defaults(run=run_grid, conditional=False, data="fashion_mnist")
     args = parser.parse_args(argv)

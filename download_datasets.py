@@ -27,7 +27,6 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,7 +35,7 @@ import torch
 from PIL import Image
 
 import utils
-from utils import UserError, atomic_path, command_line, progress, say
+from utils import ArgumentParser, UserError, atomic_path, command_line, progress, say
 
 FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
 CIFAR10_HUB = "uoft-cs/cifar10"
@@ -51,7 +50,7 @@ RECORD = ".complete.json"  # in a finished folder: how many images each class ha
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Fetch the data and the course's checkpoints.")
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["fashion_mnist", *utils.FOLDERS, "checkpoints"])
     parser.add_argument(
         "--from", dest="source", type=Path, metavar="PATH",
@@ -119,15 +118,16 @@ def collect_fashion_mnist(source: Path, folder: Path) -> None:
     """Move the IDX or parquet files that lie anywhere under `source` into one flat folder."""
     folder.mkdir()
     for pattern in ("*-idx[13]-ubyte", "*-idx[13]-ubyte.gz", "train*.parquet", "test*.parquet"):
-        for file in list(source.rglob(pattern)):
+        for file in [path for path in source.rglob(pattern) if path.is_file()]:
             file.rename(folder / file.name)
 
 
 def fashion_mnist_from_hub(folder: Path, data: Path) -> None:
-    splits = load_from_hub(FASHION_MNIST_HUB, folder / "hub")
     data.mkdir()
-    for split in ("train", "test"):
-        splits[split].to_parquet(data / f"{split}.parquet")
+    with fetching():
+        splits = load_from_hub(FASHION_MNIST_HUB, folder / "hub")
+        for split in ("train", "test"):
+            splits[split].to_parquet(data / f"{split}.parquet")
 
 
 def fashion_mnist_from_torchvision(folder: Path, data: Path) -> None:
@@ -197,7 +197,7 @@ def confirm(target: Path) -> dict[str, dict[str, int]]:
         recorded = json.loads((target / RECORD).read_text())
     except (OSError, ValueError):
         unreadable_images(target)
-        with atomic_path(target / RECORD) as temporary:
+        with contextlib.suppress(UserError), atomic_path(target / RECORD) as temporary:  # it may be read-only
             temporary.write_text(json.dumps(counts))
         return counts
     if recorded != counts:
@@ -265,10 +265,8 @@ def unreadable_images(root: Path) -> list[Path]:
     unreadable = []
     for folder in splits_of(root):
         files = utils.list_images(folder)[0]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            decoded = pool.map(lambda file: utils.decode_image(file, 8) is not None, files)
-            bar = progress(zip(files, decoded), total=len(files), desc=f"checking {folder.name}", unit="image")
-            bad = [file for file, good in bar if not good]
+        decoded = utils.decode_images(files, 8, f"checking {folder.name}")
+        bad = [file for file, image in zip(files, decoded) if image is None]
         utils.say_left_out(folder, bad, len(files))
         unreadable += bad
     return unreadable
@@ -283,10 +281,11 @@ def describe(counts: dict[str, dict[str, int]]) -> str:
 
 
 def cifar10_from_hub(folder: Path, found: Path) -> None:
-    splits = load_from_hub(CIFAR10_HUB, folder / "hub")
-    for split in ("train", "test"):
-        data = splits[split]
-        write_images((row["img"] for row in data), data["label"], data.features["label"].names, found / split)
+    with fetching():
+        splits = load_from_hub(CIFAR10_HUB, folder / "hub")
+        for split in ("train", "test"):
+            data = splits[split]
+            write_images((row["img"] for row in data), data["label"], data.features["label"].names, found / split)
 
 
 def cifar10_from_torchvision(found: Path) -> None:
@@ -313,7 +312,7 @@ def get_checkpoints(source: Path | None) -> None:
         found = folder / "source"
         if source is None:
             from_google_drive(found)
-        elif source.suffix == ".pt":  # a zip archive as well, but not to be unpacked
+        elif source.is_file() and source.suffix == ".pt":  # a zip archive as well, but not to be unpacked
             found.mkdir()
             shutil.copyfile(source, found / source.name)
         else:
@@ -359,10 +358,9 @@ def from_google_drive(found: Path) -> None:
 
 def load_from_hub(name: str, cache: Path) -> Any:
     require_network(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    with fetching():
-        import datasets
+    import datasets
 
-        return datasets.load_dataset(name, cache_dir=str(cache))
+    return datasets.load_dataset(name, cache_dir=str(cache))
 
 
 def from_kaggle(name: str, folder: Path, found: Path) -> None:
@@ -444,7 +442,7 @@ def fetching(secret: bool = False) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        reason = type(error).__name__
+        reason = "the credentials were not accepted" if isinstance(error, SystemExit) else type(error).__name__
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:
             reason += f", HTTP status {status}" + (" (is the token still valid?)" if status in (401, 403) else "")
@@ -499,7 +497,7 @@ def publish(folder: Path, target: Path, description: str) -> None:
 
 # what reading a damaged archive raises
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, struct.error, ValueError,
-           NotImplementedError)  # fmt: skip
+           NotImplementedError, OSError)  # fmt: skip
 
 # one file to write: its path below the target, its size, and a function that opens it
 Member = tuple[PurePosixPath, int, Callable[[], Any]]
@@ -534,6 +532,8 @@ def unpack(source: Path, folder: Path) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{source} has two members called {Path(error.filename).name}") from error
     except DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the archive's
+            raise
         raise UserError(f"{source} is damaged or ends early ({error})") from error
 
 
@@ -571,6 +571,11 @@ def tar_members(archive: tarfile.TarFile, source: Path) -> list[Member]:
             raise UserError(f"{source} is refused: its member {name} is a link or a device")
         if info.isfile():
             members.append((name, info.size, partial(archive.extractfile, info)))
+    stream: Any = archive.fileobj
+    if stream.tell() == archive.offset:
+        raise EOFError("its end mark is missing")
+    while stream.read(1 << 20):  # a compressed archive has its checksum at the very end
+        pass
     return members
 
 

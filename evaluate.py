@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import math
+import socket
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 from training import load_checkpoint
 from utils import (
     ROOT,
+    ArgumentParser,
     ImageData,
     UserError,
     atomic_path,
@@ -38,7 +40,9 @@ from utils import (
     generator,
     load_data,
     load_samples,
+    natural,
     pick_device,
+    positive,
     progress,
     say,
     to_model,
@@ -465,11 +469,16 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0) -> d
         raise UserError("--features inception needs `pip install torchmetrics torch-fidelity`") from None
     test = load_data(data_name, "test")
     check_count(len(images), 2048)
+    timeout = socket.getdefaulttimeout()
     try:
-        inception = NoTrainInceptionV3("inception-v3-compat", ["2048"])
+        socket.setdefaulttimeout(20)  # offline, a download may otherwise wait for minutes
+        # antialias=False: resized as in the original FID
+        inception = NoTrainInceptionV3("inception-v3-compat", ["2048"], antialias=False)
     except Exception as error:  # a package that is missing, or whatever a failed download provokes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the Inception weights cannot be had ({reason}): leave --features out") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
 
     def inception_features(x):
         x = x.expand(-1, 3, -1, -1)
@@ -756,27 +765,12 @@ def run_likelihood(args) -> dict:
     return run_model(args, functools.partial(variational_bound, variance=args.variance, clip=args.clip))
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
-
-
-def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return value
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, run, help):
-        defaults = argparse.ArgumentDefaultsHelpFormatter
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=defaults)
+        sub = commands.add_parser(name, help=help, description=help)
         sub.add_argument("--seed", type=natural, default=0, help="of everything random")
         sub.add_argument("--json-out", type=Path, help="also write the result to this file")
         sub.set_defaults(run=run)

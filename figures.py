@@ -11,14 +11,14 @@ import json
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from utils import ROOT, atomic_path, image_grid, to_uint8
+from utils import ROOT, atomic_path, image_grid, load_data, to_uint8
 
 FIGURES = ROOT / "report/figures"
+PICTURES = ROOT / "report/pictures"
 RESULTS = ROOT / "report/results"
 CHECKPOINTS = ROOT / "checkpoints"
 
@@ -40,8 +40,9 @@ WEIGHTS_STYLE = {
     "ema": {"color": "black", "linestyle": "--", "marker": "s"},
 }
 
+TEXT_WIDTH = 6.7  # inches, on A4
 STYLE = {
-    "figure.dpi": 110, "savefig.dpi": 200, "figure.figsize": (6.7, 2.6), "figure.constrained_layout.use": True,
+    "figure.dpi": 100, "savefig.dpi": 200,
     "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7.5,
     "lines.linewidth": 1.6, "lines.markersize": 4,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "legend.frameon": False,
@@ -53,6 +54,11 @@ STYLE = {
 def use_style():
     """Set the style for every figure made from here on."""
     matplotlib.rcParams.update(STYLE)
+
+
+def subplots(rows=1, columns=1, height=2.5, **options):
+    """plt.subplots as wide as the report's text; width_ratios, sharex, ... as there."""
+    return plt.subplots(rows, columns, figsize=(TEXT_WIDTH, height), layout="constrained", **options)
 
 
 def save(fig, name, sources=()):
@@ -103,6 +109,14 @@ def read_result(name):
     return None
 
 
+def shipped(*patterns):
+    """The published checkpoints whose names (without suffix) match, in order; says so where there is none."""
+    paths = [path for pattern in patterns for path in sorted(CHECKPOINTS.glob(f"{pattern}.safetensors"))]
+    if not paths:
+        print(f"checkpoints/ has no {' or '.join(patterns)} yet: checkpoints/README.md says how to make it")
+    return paths
+
+
 # --- images --------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +131,23 @@ def pixels(images, columns, scale=4, padding=1):
     return image_grid(as_uint8(images), columns, padding=padding * scale, scale=scale)
 
 
+def real_images(name, count=8):
+    """Test images of a data set that is not shipped, N x 3 x H x W: the first of each class, or the first `count`.
+
+    They are kept in report/pictures/real_NAME.png, which is read where the data is not there.
+    """
+    path = PICTURES / f"real_{name}.png"
+    if not path.is_file():
+        data = load_data(name, "test")
+        labels = data.labels if data.labels is not None and len(data.classes) == 10 else None
+        index = range(count) if labels is None else [int((labels == label).nonzero()[0]) for label in range(10)]
+        strip = image_grid(data.images[list(index)], len(index), padding=0)
+        with atomic_path(path) as temporary:
+            Image.fromarray(strip).save(temporary)
+    strip = torch.from_numpy(np.array(Image.open(path)))
+    return torch.stack(strip.permute(2, 0, 1).split(strip.shape[0], dim=2))
+
+
 def show(picture):
     """Show a picture in a notebook, unsmoothed, pixel for pixel."""
     from IPython.display import display
@@ -124,7 +155,7 @@ def show(picture):
     display(Image.fromarray(picture))
 
 
-def labelled_rows(rows, column_labels=None, scale=4, width=6.7, gap=1):
+def labelled_rows(rows, column_labels=None, scale=4, width=TEXT_WIDTH, gap=1):
     """A figure whose rows are named lists of images (all of one size and number): {"EMA": N x C x H x W, ...}."""
     images = [as_uint8(row) for row in rows.values()]
     count, (channels, height, side) = len(images[0]), images[0].shape[1:]
@@ -133,8 +164,8 @@ def labelled_rows(rows, column_labels=None, scale=4, width=6.7, gap=1):
     label_height = 0.2 if column_labels is not None else 0.02
     picture_width = width - label_room
     picture_height = picture_width * grid.shape[0] / grid.shape[1]
-    fig = plt.figure(figsize=(width, picture_height + label_height), layout="none")
     total = picture_height + label_height
+    fig = plt.figure(figsize=(width, total))
     axes = fig.add_axes((label_room / width, 0, picture_width / width, picture_height / total))
     axes.imshow(grid, interpolation="none", aspect="auto")
     axes.grid(False)

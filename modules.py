@@ -59,7 +59,7 @@ def sinusoidal_embedding(t, dim):
     """N timesteps -> N x dim: sin(t * f) then cos(t * f), f = 10000^(-i / dim) for even i (Vaswani et al. 2017, 3.5)."""
     frequencies = 10000 ** (-torch.arange(0, dim, 2, device=t.device, dtype=torch.float32) / dim)
     angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :dim]
 
 
 def embed_labels(embedding, labels):
@@ -67,9 +67,9 @@ def embed_labels(embedding, labels):
     return embedding(labels.clamp(min=0)) * (labels >= 0)[:, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # PatchUNet: most of the work at low resolution, where a CPU buys the most quality per second
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def norm(dim, affine=True):
@@ -142,7 +142,9 @@ class Attention(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.heads, self.norm = max(1, dim // 32), norm(dim)
+        # heads of 32 features, or somewhat wider where 32 does not divide the width
+        self.heads = next(heads for heads in range(max(1, dim // 32), 0, -1) if dim % heads == 0)
+        self.norm = norm(dim)
         self.qkv, self.out = nn.Conv2d(dim, 3 * dim, 1), zero(nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
@@ -191,13 +193,13 @@ class PatchUNet(nn.Module):
 
         self.time_mlp = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.label_emb = nn.Embedding(num_classes, emb_dim) if num_classes else None
-        self.stem = nn.Conv2d(channels * patch**2, width, 3, padding=1)
+        self.stem = nn.Conv2d(channels * patch**2, dims[0], 3, padding=1)
         self.down = nn.ModuleList(nn.ModuleList(blocks(d, d)) for d in dims)
         self.shrink = nn.ModuleList(nn.Conv2d(dims[i], dims[i + 1], 2, stride=2) for i in outer)
         self.mid = nn.ModuleList([BLOCKS[block](dims[-1], dims[-1], emb_dim), Attention(dims[-1])])
         self.up = nn.ModuleList(nn.ModuleList(blocks(2 * d, d) + outer_attention(i)) for i, d in enumerate(dims))
         self.grow = nn.ModuleList(nn.ConvTranspose2d(dims[i + 1], dims[i], 2, stride=2) for i in outer)
-        self.head = nn.Sequential(norm(width), nn.SiLU(), zero(nn.Conv2d(width, channels * patch**2, 3, padding=1)))
+        self.head = nn.Sequential(norm(dims[0]), nn.SiLU(), zero(nn.Conv2d(dims[0], channels * patch**2, 3, padding=1)))
 
     def forward(self, x, t, labels=None):
         emb = self.time_mlp(sinusoidal_embedding(t, self.width))
@@ -226,9 +228,9 @@ def run(layers, x, emb):
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # The course's networks
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class DoubleConv(nn.Module):
@@ -312,6 +314,8 @@ class UNet(nn.Module):
 
     def __init__(self, channels=3, time_dim=256, width=64):
         super().__init__()
+        if width % 4:
+            raise ValueError(f"width must be a multiple of 4, the number of attention heads, not {width}")
         self.channels, self.time_dim = channels, time_dim
         w = width
         self.inc = DoubleConv(channels, w)

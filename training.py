@@ -19,7 +19,6 @@ import io
 import json
 import math
 import os
-import re
 import signal
 import time
 from pathlib import Path
@@ -27,18 +26,30 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ddpm import Diffusion
 from modules import EMA, NETWORKS
-from utils import UserError, atomic_path, augment, generator, pick_device, progress, save_grid, say, to_uint8
+from utils import (
+    UserError,
+    atomic_path,
+    augment,
+    generator,
+    is_out_of_memory,
+    pick_device,
+    progress,
+    save_grid,
+    say,
+    to_uint8,
+)
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_STEPS = 10**8  # more is a mistake, and the losses are kept in memory
 TIMED_STEPS = 20  # with --minutes: how many steps are timed before the run's length is fixed
 
 
-# --- precision ---------------------------------------------------------------------------------------------------------
+# --- precision -------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -70,16 +81,29 @@ def autocast(device, precision=None):
     return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "float32")
 
 
-# --- checkpoints: safetensors, with the configuration inside -----------------------------------------------------------
+# --- checkpoints: safetensors, with the configuration inside ---------------------------------------------------------
 
 
 def build_model(config):
     """A network from its configuration, e.g. {"name": "PatchUNet", "width": 48}."""
-    arguments = dict(config)
     try:
+        arguments = dict(config)
         return NETWORKS[arguments.pop("name")](**arguments)
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # a checkpoint may ask for anything, and PyTorch's layers raise what they like
         raise UserError(f"this network cannot be built from {config}: {error}") from error
+
+
+def build_diffusion(config):
+    """A Diffusion from its configuration, e.g. {"timesteps": 1000, "schedule": "linear"}."""
+    try:
+        return Diffusion(**config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"this diffusion process cannot be built from {config}: {error}") from error
+
+
+def check_image_size(model, size):
+    if not isinstance(size, int) or size < 1 or size % model.size_multiple:
+        raise UserError(f"this network needs an --image-size that {model.size_multiple} divides, not {size}")
 
 
 def save_checkpoint(path, weights, config, losses=None, half=False):
@@ -93,8 +117,9 @@ def save_checkpoint(path, weights, config, losses=None, half=False):
                for n, w in tensors.items()}  # fmt: skip
     if losses is not None:
         tensors["losses"] = losses.cpu().contiguous()
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"config": json.dumps(config, sort_keys=True)})
+    contents = save(tensors, metadata={"config": json.dumps(config, sort_keys=True)})
+    with atomic_path(path) as temporary:  # not save_file, which hides that the disk is full in an error of its own
+        temporary.write_bytes(contents)
 
 
 def read_checkpoint(path):
@@ -105,8 +130,10 @@ def read_checkpoint(path):
     try:
         with safe_open(path, framework="pt") as file:
             config = json.loads((file.metadata() or {})["config"])
+            for section in ("model", "diffusion", "data"):
+                config[section].items()
             return {name: file.get_tensor(name).float() for name in file.keys()}, config
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not a checkpoint of this project, or it is damaged: {error}") from error
 
 
@@ -159,40 +186,49 @@ def load_checkpoint(path, weights=None, device="cpu"):
     """
     if Path(path).suffix == ".pt":
         state, config = read_course_checkpoint(path)
-        if weights == "ema":
+        if weights not in (None, "raw"):
             raise UserError(f"{path} holds one set of weights: leave --ema and --no-ema out")
     else:
         tensors, config = read_checkpoint(path)
         state = select_weights(tensors, weights, config, path)
     model = build_model(config["model"])
     load_weights(model, state, path)
+    check_image_size(model, config["data"].get("image_size"))
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return model, Diffusion(**config["diffusion"]).to(device), config
+    return model, build_diffusion(config["diffusion"]).to(device), config
 
 
-# --- state: what an interrupted run needs to go on ---------------------------------------------------------------------
+# --- state: what an interrupted run needs to go on -------------------------------------------------------------------
 
 
-def save_state(folder, state):
-    """Write state_STEP_HASH.pt atomically, then drop all but the newest two."""
+def save_state(folder, state, good=()):
+    """Write state_STEP_HASH.pt atomically, then drop all states but it and the last one of `good`, known to be whole.
+
+    Returns the two paths. (The newest by name may be damaged: then the run went on from one before it.)
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     contents = buffer.getbuffer()
     path = folder / f"state_{state['step']:08d}_{hashlib.sha256(contents).hexdigest()[:16]}.pt"
     with atomic_path(path) as temporary:
         temporary.write_bytes(contents)
-    for old in sorted(folder.glob("state_*.pt"))[:-2]:
+    good = [*[p for p in good if p != path][-1:], path]
+    for old in set(folder.glob("state_*.pt")) - set(good):
         old.unlink()
+    return good
 
 
 def load_state(folder):
-    """The newest undamaged state of a run folder, or None."""
+    """The newest undamaged state of a run folder and its path; None, None where there is none."""
     for path in sorted(folder.glob("state_*.pt"), reverse=True):
         contents = path.read_bytes()
         if hashlib.sha256(contents).hexdigest()[:16] == path.stem.split("_")[-1]:
-            return torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
+            try:
+                return torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True), path
+            except Exception:  # not written by this program: torch.load raises whatever the bytes happen to provoke
+                pass
         say(f"{path} is damaged: going on from the state before it")
-    return None
+    return None, None
 
 
 class Held(UserError):
@@ -229,7 +265,7 @@ def stop_signals():
             signal.signal(s, old)
 
 
-# --- several processes -------------------------------------------------------------------------------------------------
+# --- several processes -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -257,7 +293,7 @@ def any_process(flag, world, device):
     return tensor.item() > 0
 
 
-# --- the loop ----------------------------------------------------------------------------------------------------------
+# --- the loop --------------------------------------------------------------------------------------------------------
 
 
 def draw_indices(seed, step, batch_size, count):
@@ -304,8 +340,14 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
                             f"--accumulate = {world * accumulate}")  # fmt: skip
         if rank == 0:
             stack.enter_context(locked(out))
-        run = Run(config, data, out, pick_device(device), rank, world, resume)
-        run.loop(minutes, sample_every, compile, accumulate)
+        try:
+            run = Run(config, data, out, pick_device(device), rank, world, resume)
+            run.loop(minutes, sample_every, compile, accumulate)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(f"out of memory: try --batch-size {max(1, config['train']['batch_size'] // 2)}, or the same "
+                            f"batch in smaller parts with --accumulate {2 * accumulate}") from error  # fmt: skip
     return out / "model.safetensors"
 
 
@@ -315,53 +357,64 @@ class Run:
     def __init__(self, config, data, out, device, rank, world, resume):
         self.config, self.data, self.out, self.device, self.rank, self.world = config, data, out, device, rank, world
         settings = config["train"]
+        state = self.read_folder(resume)
         if settings["precision"] is None:
             settings["precision"] = pick_precision(device)
         torch.manual_seed(settings["seed"])
         self.model = build_model(config["model"]).to(device, memory_format=torch.channels_last)
-        size = config["data"]["image_size"]
-        if size % self.model.size_multiple:
-            raise UserError(f"this network needs an --image-size that {self.model.size_multiple} divides, not {size}")
-        self.diffusion = Diffusion(**config["diffusion"]).to(device)
+        check_image_size(self.model, config["data"]["image_size"])
+        self.diffusion = build_diffusion(config["diffusion"]).to(device)
         self.emas = {f"ema_{b:g}": EMA(b, settings["ema_start"]) for b in settings["ema_betas"]}
         self.ema_models = {kind: EMA.copy_of(self.model) for kind in self.emas}
         fused = {"fused": True} if device.type in ("cpu", "cuda") else {}
         self.optimizer = OPTIMIZERS[settings["optimizer"]](self.model.parameters(), lr=settings["lr"], **fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "float16")
         self.step, self.losses = 0, torch.zeros(0)
-        self.saved_at, self.save_seconds, self.last_good = time.monotonic(), 0.0, None
-        self.prepare_folder(resume)
-
-    def prepare_folder(self, resume):
-        state = load_state(self.out)
-        if state is not None and not resume:
-            raise UserError(f"{self.out} holds a run already: add --resume to go on with it, or use another --out")
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
         if state is not None:
             self.restore(state)
-        elif self.rank == 0:
+        elif rank == 0:
             self.save()
-        if self.world > 1:
-            dist.barrier()
 
     # --- state ---
+
+    def read_folder(self, resume):
+        """The state to go on from, or None; the settings that depend on the machine's speed are taken over from it."""
+        state, path = load_state(self.out)
+        if self.world > 1:
+            dist.barrier()  # rank 0 writes to the folder only when all have read it
+        if self.rank == 0:
+            for unfinished in (*self.out.glob(".state_*.pt"), *self.out.glob(".model-*.safetensors")):
+                unfinished.unlink()  # killed while it was written
+        self.states, self.last_good = [], None
+        if state is None:
+            return None
+        if not resume:
+            raise UserError(f"{self.out} holds a run already: add --resume to go on with it, or use another --out")
+        self.states, self.last_good = [path], state["step"]
+        saved, settings = json.loads(state["config"])["train"], self.config["train"]
+        for name in ("steps", "precision"):  # with --minutes; without --precision
+            if settings[name] is None:
+                settings[name] = saved[name]
+        if settings["steps"] is not None and settings["steps"] < state["step"]:
+            raise UserError(f"the run in {self.out} has made {state['step']} steps already, more than {settings['steps']}")
+        return state
 
     def save(self):
         start = time.monotonic()
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.diverged(self.step)
-        save_state(self.out, {
+        self.states = save_state(self.out, {
             "config": json.dumps(self.config, sort_keys=True), "step": self.step, "losses": self.losses.cpu().clone(),
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "emas": {kind: ema_model.state_dict() for kind, ema_model in self.ema_models.items()},
             "scaler": self.scaler.state_dict(),
-        })  # fmt: skip
+        }, self.states)  # fmt: skip
         self.last_good, self.saved_at = self.step, time.monotonic()
         self.save_seconds = self.saved_at - start
 
     def restore(self, state):
         saved = json.loads(state["config"])
-        if self.config["train"]["steps"] is None:  # --minutes: the interrupted run fixed its length already
-            self.config["train"]["steps"] = saved["train"]["steps"]
         for section in self.config:
             for name in {**self.config[section], **saved.get(section, {})}:
                 here, there = self.config[section].get(name), saved.get(section, {}).get(name)
@@ -375,7 +428,6 @@ class Run:
             self.emas[kind].step = state["step"]
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.losses = state["step"], state["losses"]
-        self.last_good = self.step
         if self.rank == 0:
             say(f"going on from step {self.step} in {self.out}")
 
@@ -398,14 +450,14 @@ class Run:
         bar = progress(
             total=settings["steps"], initial=self.step, unit="step", desc=self.out.name, disable=self.rank > 0
         )
-        checked, started = self.step, time.monotonic()
+        checked, first, started = self.step, self.step, time.monotonic()
         with stop_signals() as stop_requested, bar:
             while settings["steps"] is None or self.step < settings["steps"]:
                 self.losses[self.step] = self.train_step(model, accumulate)
                 self.step += 1
                 bar.update()
                 if settings["steps"] is None and self.step == TIMED_STEPS:
-                    self.fix_length(minutes, time.monotonic() - started, bar)
+                    self.fix_length(minutes, (time.monotonic() - started) / (self.step - first), bar)
                 if self.step % 10 and self.step != settings["steps"] and self.device.type != "cpu":
                     continue  # reading a loss makes a GPU wait: look at ten at a time
                 window = self.losses[checked : self.step]
@@ -452,9 +504,9 @@ class Run:
         more = torch.full(((self.config["train"]["steps"] or TIMED_STEPS) - self.step,), math.nan)
         self.losses = torch.cat([self.losses[: self.step].cpu(), more]).to(self.device)
 
-    def fix_length(self, minutes, seconds, bar):
-        """--minutes: from the time of the first steps, decide how many steps the run has, for good."""
-        steps = self.step + max(0, round((60 * minutes - seconds) / (seconds / TIMED_STEPS)))
+    def fix_length(self, minutes, step_seconds, bar):
+        """--minutes: from the time that the first steps took, decide how many steps the run has, for good."""
+        steps = min(MAX_STEPS, max(self.step, round(60 * minutes / step_seconds)))
         if self.world > 1:  # rank 0's clock decides
             agreed = torch.tensor(steps, device=self.device)
             dist.broadcast(agreed, 0)
@@ -483,7 +535,8 @@ class Run:
         save_grid(to_uint8(images), self.out / f"samples_{self.step:08d}.png", columns=8)
 
     def finish(self):
-        self.save()
+        if self.last_good != self.step:
+            self.save()
         weights = {"raw": self.model.state_dict()} | {k: m.state_dict() for k, m in self.ema_models.items()}
         save_checkpoint(self.out / "model.safetensors", weights, self.config, self.losses)
         with atomic_path(self.out / "config.json") as temporary:

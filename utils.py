@@ -3,6 +3,7 @@
 Images rest in memory as uint8, N x C x H x W; a model sees float batches in [-1, 1], made by `augment`.
 """
 
+import argparse
 import contextlib
 import errno
 import functools
@@ -58,12 +59,16 @@ def command_line(main: Callable[[], int | None]) -> None:
     except OSError as error:
         message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     except (MemoryError, RuntimeError) as error:
-        # PyTorch reports a full GPU as torch.OutOfMemoryError and a full main memory as a plain RuntimeError
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         message = "out of memory: try a smaller --batch-size, --n or --image-size"
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """PyTorch reports a full GPU as torch.OutOfMemoryError and a full main memory as a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 @functools.cache
@@ -85,7 +90,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise UserError(f"cannot write {path}: it exists and is not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        os.chmod(temporary, mode)  # some libraries replace the file by one that only its owner may read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -103,6 +110,46 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise UserError if `path` could not be written: better before the work than after it."""
+
+    class Probed(Exception):
+        pass
+
+    with contextlib.suppress(Probed), atomic_path(path):
+        raise Probed
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with errors in one line and every flag's default in --help."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | settings)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+    """An argparse type: a finite int or float from `low` (with above: greater than it) to `high`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            bound = f"more than {low}" if above else f"at least {low}"
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {bound}" + (f" and at most {high}" if high < math.inf else "")
+            )
+        return value
+
+    parse.__name__ = kind.__name__  # argparse calls it "invalid int value"
+    return parse
+
+
+positive = number(int, 1)  # a count
+natural = number(int, 0, 2**63 - 1)  # a seed
 
 
 def progress(iterable=None, **settings):
@@ -307,7 +354,7 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, may_
         # enlarging small images only to crop them would blur them
         may_crop = may_crop and split == "train" and shorter >= round(1.25 * image_size)
     side = round(1.25 * image_size) if may_crop else image_size
-    kept, images = _decode_images(folder, files, side)
+    kept, images = _load_images(folder, files, side)
     x, y = torch.from_numpy(images), torch.tensor(labels)[torch.from_numpy(kept)]
     empty = sorted(set(labels) - set(y.tolist()))
     if empty:
@@ -382,7 +429,17 @@ def decode_image(path: Path, side: int) -> np.ndarray | None:
         return None
 
 
-def _decode_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarray, np.ndarray]:
+def decode_images(files: list[Path], side: int, description: str) -> Iterator[np.ndarray | None]:
+    """`decode_image` of every file, in order, in several threads (PIL decodes outside of Python's lock), with a bar."""
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        images = pool.map(lambda file: decode_image(file, side), files)
+        yield from progress(images, total=len(files), desc=description, unit="image")
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all the others
+
+
+def _load_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarray, np.ndarray]:
     """Decode files once, into a memory-mapped file under CACHE. Returns which files (indices) and their pixels.
 
     A record is a file's index and its pixels, so files that are no images are simply not in it.
@@ -395,11 +452,9 @@ def _decode_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarr
     cache = CACHE / f"{folder.parent.name}-{folder.name}-{side}-{key.hexdigest()[:16]}.bin"
 
     def decode_to(stream) -> None:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes outside Python's lock
-            images = pool.map(lambda file: decode_image(file, side), files)
-            for i, image in enumerate(progress(images, total=len(files), desc=f"decoding {folder.name}", unit="image")):
-                if image is not None:
-                    stream.write(np.int64(i).astype("<i8").tobytes() + image.tobytes())
+        for i, image in enumerate(decode_images(files, side, f"decoding {folder.name}")):
+            if image is not None:
+                stream.write(np.int64(i).astype("<i8").tobytes() + image.tobytes())
 
     if not cache.exists():
         try:

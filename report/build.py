@@ -74,6 +74,8 @@ def stale_sources(value, data=None):
         return []
     data = value.get("data", data)
     claims = []
+    if {"name", "sha256", "config"} <= value.keys():  # a row of grid.json
+        claims.append((f"grid_{value['name']}.safetensors", value["sha256"]))
     if "checkpoint" in value:
         claims.append((Path(str(value["checkpoint"])).name, value.get("sha256")))
     if isinstance(features := value.get("features"), dict):

@@ -1,0 +1,578 @@
+"""The diffusion process against independent references: diffusers, Bayes' rule on a grid, and Gaussian data, for which
+the optimal noise predictor and every sampler's mean and variance are known exactly."""
+
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+import ddpm
+from ddpm import SCHEDULES, Diffusion, ImageNoise, beta_schedule, guided
+
+DIFFUSERS_NAMES = {
+    "linear": "linear",
+    "cosine": "squaredcos_cap_v2",
+    "quadratic": "scaled_linear",
+    "sigmoid": "sigmoid",
+}
+a_schedule = st.sampled_from(SCHEDULES)
+f64 = torch.float64
+
+
+def noise_sequence(shape, seed=0, dtype=f64):
+    """draw() as the samplers want it: the same sequence for the same seed."""
+    g = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=g, dtype=dtype)
+
+
+def some_model(x, t):
+    """A smooth function of x and t that predicts no noise in particular."""
+    return 0.6 * x + 0.3 * torch.sin(3 * x + 0.1 * t)
+
+
+def last(sampler):
+    *_, x = sampler
+    return x
+
+
+# --- schedules ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 10, 200, 1000, 4000])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_is_diffusers(name, timesteps):
+    theirs = diffusers.DDPMScheduler(timesteps, 1e-4, 0.02, DIFFUSERS_NAMES[name])
+    ours = beta_schedule(name, timesteps)
+    assert ours.dtype == f64
+    np.testing.assert_allclose(ours, theirs.betas, atol=1e-6)
+    # their cumulative product is taken in float32: over T factors it is off by T roundings
+    np.testing.assert_allclose(Diffusion(timesteps, name).alphas_cumprod, theirs.alphas_cumprod, atol=1e-5)
+
+
+def test_schedules_by_their_definition():
+    """Values worked out by hand, so that both libraries cannot be wrong together."""
+    np.testing.assert_allclose(beta_schedule("linear", 3), [1e-4, 0.01005, 0.02])
+    np.testing.assert_allclose(beta_schedule("quadratic", 3), [1e-4, ((0.01 + 0.02**0.5) / 2) ** 2, 0.02])
+    np.testing.assert_allclose(beta_schedule("sigmoid", 3)[1], 0.01005)
+    # cosine: alphas_cumprod is f(t) / f(0), until the clipping of the last betas
+    f = [math.cos((t / 10 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(11)]
+    alphas_cumprod = (1 - beta_schedule("cosine", 10)).cumprod(0)
+    np.testing.assert_allclose(alphas_cumprod[:-1], np.array(f[1:10]) / f[0], rtol=1e-12)
+    assert beta_schedule("cosine", 10)[-1] == 0.999
+
+
+def test_what_T_200_leaves_of_the_image():
+    """The numbers that the project's documentation gives for why T = 200 starts from the wrong noise."""
+    at_the_end = {name: Diffusion(200, name).alphas_cumprod_float64[-1] for name in SCHEDULES}
+    np.testing.assert_allclose(
+        [at_the_end[n] for n in ("linear", "quadratic", "sigmoid")], [0.13, 0.24, 0.13], atol=5e-3
+    )
+    np.testing.assert_allclose(at_the_end["cosine"], 6e-8, rtol=0.1)
+
+
+@pytest.mark.parametrize("name, timesteps", [("linaer", 10), ("", 10), ("linear", 0), ("cosine", -1)])
+def test_bad_schedule(name, timesteps):
+    with pytest.raises(ValueError, match="unknown schedule|at least 1"):
+        Diffusion(timesteps, name)
+
+
+def test_bad_objective_sampler_and_steps():
+    with pytest.raises(ValueError, match="unknown objective"):
+        Diffusion(objective="l2")
+    with pytest.raises(ValueError, match="unknown sampler"):
+        Diffusion(10).sample(lambda x, t, labels: x, 1, (1, 4, 4), sampler="euler")
+    for steps in (0, 11):
+        with pytest.raises(ValueError, match="steps"):
+            Diffusion(10).step_pairs(steps)
+
+
+@given(a_schedule, st.integers(1, 2000))
+def test_tables(schedule, timesteps):
+    d = Diffusion(timesteps, schedule)
+    tables = {name: value for name, value in vars(d).items() if isinstance(value, torch.Tensor)}
+    for name, table in tables.items():
+        assert table.shape == (timesteps,) and table.dtype == torch.float32 and table.isfinite().all(), name
+    betas = beta_schedule(schedule, timesteps)
+    assert ((betas > 0) & (betas < 1)).all()
+    exact = np.cumprod(1 - betas.numpy())
+    assert (np.diff(exact, prepend=1) < 0).all()
+    np.testing.assert_allclose(d.alphas_cumprod_float64, exact, rtol=1e-10)
+    for name, want in {
+        "betas": betas,
+        "alphas_cumprod": exact,
+        "alphas_cumprod_prev": [1, *exact[:-1]],
+        "sqrt_alphas_cumprod": exact**0.5,
+        "sqrt_one_minus_alphas_cumprod": (1 - exact) ** 0.5,
+    }.items():
+        np.testing.assert_allclose(tables[name], want, rtol=1e-6)
+    assert d.posterior_variance[0] == 0
+    assert (d.posterior_variance <= d.betas).all()
+
+
+# --- forward process ---------------------------------------------------------------------------------------------------
+
+
+@given(a_schedule, st.integers(1, 1000), st.data())
+def test_q_sample_is_t_plus_1_single_steps(schedule, timesteps, data):
+    """Both are Gaussian: equal means and variances are equal distributions."""
+    t = data.draw(st.integers(0, timesteps - 1))
+    mean, variance = 1.0, 0.0
+    for beta in beta_schedule(schedule, timesteps)[: t + 1].tolist():
+        mean, variance = (1 - beta) ** 0.5 * mean, (1 - beta) * variance + beta
+    d, one, index = Diffusion(timesteps, schedule), torch.ones(1, 1, 1, 1), torch.tensor([t])
+    np.testing.assert_allclose(d.q_sample(one, index, 0 * one).item(), mean, rtol=1e-5)
+    np.testing.assert_allclose(d.q_sample(0 * one, index, one).item(), variance**0.5, rtol=1e-5)
+
+
+def test_q_sample_is_t_plus_1_single_steps_by_drawing():
+    n, t = 20_000, 30
+    d, draw = Diffusion(50, "cosine"), noise_sequence((n, 1, 1, 1), dtype=torch.float32)
+    x0 = torch.full((n, 1, 1, 1), 0.8)
+    x = x0
+    for beta in d.betas[: t + 1]:
+        x = (1 - beta).sqrt() * x + beta.sqrt() * draw()
+    at_once = d.q_sample(x0, torch.full((n,), t), draw())
+    assert stats.ks_2samp(x.flatten(), at_once.flatten()).pvalue > 0.01
+    other = d.q_sample(x0, torch.full((n,), t + 2), draw())
+    assert stats.ks_2samp(x.flatten(), other.flatten()).pvalue < 1e-4  # the test sees a difference of two steps
+
+
+@given(
+    a_schedule, st.integers(1, 1000), st.integers(1, 5), st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9)
+)
+def test_forward_shapes_and_inverse(schedule, timesteps, n, channels, height, width):
+    d, g = Diffusion(timesteps, schedule), torch.Generator().manual_seed(n)
+    x0, noise = torch.randn(2, n, channels, height, width, generator=g)
+    t = torch.randint(timesteps, (n,), generator=g)
+    x_t = d.q_sample(x0, t, noise)
+    mean, variance = d.q_posterior(x0, x_t, t)
+    assert x_t.shape == mean.shape == x0.shape and variance.shape == (n, 1, 1, 1)
+    for i in range(n):  # each image has its own timestep
+        alone = d.q_sample(x0[i : i + 1], t[i : i + 1], noise[i : i + 1])
+        torch.testing.assert_close(alone[0], x_t[i])
+        expected = d.alphas_cumprod[t[i]].sqrt() * x0[i] + (1 - d.alphas_cumprod[t[i]]).sqrt() * noise[i]
+        torch.testing.assert_close(x_t[i], expected, rtol=1e-4, atol=1e-5)
+    # where most of the image is left, float32 gets it back from x_t and the noise
+    clear = d.alphas_cumprod[t] > 1e-4
+    torch.testing.assert_close(d.predict_x0(x_t, t, noise)[clear], x0[clear], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("timesteps, t", [(10, 1), (10, 9), (200, 1), (200, 120), (1000, 7), (1000, 700)])
+def test_posterior_is_bayes_rule(schedule, timesteps, t):
+    """q(x_{t-1} | x_t, x0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x0), here normalised on a fine grid."""
+    betas = beta_schedule(schedule, timesteps).numpy()
+    a_prev, a = np.prod(1 - betas[:t]), np.prod(1 - betas[: t + 1])
+    x0 = 0.7
+    x_t = a**0.5 * x0 - 1.5 * (1 - a) ** 0.5
+    centre, spread = a_prev**0.5 * x0, (1 - a_prev) ** 0.5
+    x_prev = np.linspace(centre - 12 * spread, centre + 12 * spread, 100_001)
+    likelihood = stats.norm.logpdf(x_t, (1 - betas[t]) ** 0.5 * x_prev, betas[t] ** 0.5)
+    log_p = likelihood + stats.norm.logpdf(x_prev, centre, spread)
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
+    assert p[0] < 1e-12 and p[-1] < 1e-12  # the grid is wide enough
+    mean = (p * x_prev).sum()
+    variance = (p * (x_prev - mean) ** 2).sum()
+    as_images = torch.tensor([x0, x_t]).view(2, 1, 1, 1, 1)
+    ours = Diffusion(timesteps, schedule).q_posterior(*as_images, torch.tensor([t]))
+    np.testing.assert_allclose(ours[0].item(), mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours[1].item(), variance, rtol=1e-5)
+
+
+def test_posterior_at_the_first_step_is_x0():
+    mean, variance = Diffusion(10).q_posterior(torch.full((1, 1, 1, 1), 0.3), torch.ones(1, 1, 1, 1), torch.tensor([0]))
+    np.testing.assert_allclose(mean.item(), 0.3, rtol=1e-6)
+    assert variance.item() == 0
+
+
+# --- objectives --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ddpm.LOSSES)
+def test_losses(loss):
+    d, g = Diffusion(100, "cosine"), torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 4, 1, 8, 8, generator=g)
+    t, labels, seen = torch.tensor([0, 5, 50, 99]), torch.tensor([0, 1, -1, 2]), []
+
+    def model(x_t, t, labels):
+        seen.append((x_t, t, labels))
+        return 2 * x_t
+
+    ours = d.loss(model, x0, t, noise, labels, loss).item()
+    x_t = d.q_sample(x0, t, noise)
+    assert torch.equal(seen[0][0], x_t) and torch.equal(seen[0][1], t) and seen[0][2] is labels
+    error = (2 * x_t - noise).numpy().astype(np.float64)
+    expected = {"l1": np.abs(error), "l2": error**2,
+                "huber": np.where(np.abs(error) < 1, error**2 / 2, np.abs(error) - 0.5)}[loss].mean()  # fmt: skip
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_vlb_weights_are_the_bounds(schedule):
+    """For t > 0 the weighted squared error is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), sigma_t^2 = beta_t, up to a
+    constant: the squared distance of the two means over 2 beta_t (Ho eq. 8)."""
+    d = Diffusion(100, schedule, objective="vlb")
+    x0, noise, wrong = torch.randn(3, 6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([1, 2, 10, 50, 80, 90])
+    x_t = d.q_sample(x0, t, noise)
+    distance = d.q_posterior(x0, x_t, t)[0] - d.q_posterior(d.predict_x0(x_t, t, wrong), x_t, t)[0]
+    expected = (distance**2 / (2 * d.betas[t].view(-1, 1, 1, 1))).mean().item()
+    ours = d.loss(lambda *_: wrong, x0, t, noise).item()
+    np.testing.assert_allclose(ours, expected, rtol=1e-3)
+    unweighted = Diffusion(100, schedule).loss(lambda *_: wrong, x0, t, noise).item()
+    np.testing.assert_allclose(unweighted, ((wrong - noise) ** 2).mean().item(), rtol=1e-5)
+
+
+# --- samplers against diffusers ----------------------------------------------------------------------------------------
+
+
+def their_betas(schedule, timesteps):
+    """A schedule as diffusers has it, for those of its samplers that do not know all four by name."""
+    return diffusers.DDPMScheduler(timesteps, 1e-4, 0.02, DIFFUSERS_NAMES[schedule]).betas.numpy()
+
+
+def exact(scheduler, schedule, timesteps):
+    """Give a scheduler of diffusers our float64 coefficients."""
+    scheduler.betas = beta_schedule(schedule, timesteps)
+    scheduler.alphas = 1 - scheduler.betas
+    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+    scheduler.one = torch.tensor(1.0, dtype=f64)
+    scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=f64)
+    return scheduler
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype, tolerance", [(f64, 1e-6), (torch.float32, 1e-4)])
+def test_ddpm_is_diffusers(schedule, variance, clip, dtype, tolerance):
+    """Every single step of a chain, each from the same x_t and with the same noise."""
+    timesteps, shape = 40, (2, 3, 4, 4)
+    kind = {"posterior": "fixed_small", "beta": "fixed_large"}[variance]
+    theirs = diffusers.DDPMScheduler(
+        timesteps, 1e-4, 0.02, DIFFUSERS_NAMES[schedule], variance_type=kind, clip_sample=clip
+    )
+    if dtype == f64:
+        exact(theirs, schedule, timesteps)
+    draw = noise_sequence(shape, dtype=dtype)
+    x, g = draw(), torch.Generator().manual_seed(1)
+    chain = Diffusion(timesteps, schedule).ddpm_sampler(
+        some_model, x, noise_sequence(shape, 1, dtype), None, variance, clip
+    )
+    x_t = next(chain)
+    assert x_t is x
+    for t, ours in zip(reversed(range(timesteps)), chain, strict=True):
+        expected = theirs.step(some_model(x_t, t), t, x_t, generator=g).prev_sample
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+        x_t = ours
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype, tolerance", [(f64, 1e-6), (torch.float32, 1e-4)])
+def test_ddim_is_diffusers(schedule, eta, clip, dtype, tolerance):
+    timesteps, steps, shape = 100, 20, (2, 1, 4, 4)
+    theirs = diffusers.DDIMScheduler(
+        timesteps, trained_betas=their_betas(schedule, timesteps), clip_sample=clip, timestep_spacing="trailing"
+    )
+    if dtype == f64:
+        exact(theirs, schedule, timesteps)
+    theirs.set_timesteps(steps)
+    draw, their_draw = noise_sequence(shape, 1, dtype), noise_sequence(shape, 1, dtype)
+    d = Diffusion(timesteps, schedule)
+    chain = d.ddim_sampler(some_model, noise_sequence(shape, 0, dtype)(), draw, steps, eta, clip)
+    x_t = next(chain)
+    assert [t for t, _ in d.step_pairs(steps)] == theirs.timesteps.tolist()
+    for t, ours in zip(theirs.timesteps.tolist(), chain, strict=True):
+        noise = {"variance_noise": their_draw()} if eta > 0 and t > 4 else {}  # the last step adds none
+        their_eta = eta if noise else 0.0
+        expected = theirs.step(
+            some_model(x_t, t), t, x_t, their_eta, use_clipped_model_output=True, **noise
+        ).prev_sample
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+        x_t = ours
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("timesteps, steps", [(1000, 20), (1000, 7), (60, 60), (50, 1), (50, 2)])
+def test_dpm_is_diffusers(schedule, timesteps, steps):
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        timesteps, trained_betas=their_betas(schedule, timesteps), algorithm_type="dpmsolver++", solver_order=2,
+        solver_type="midpoint", final_sigmas_type="zero", timestep_spacing="trailing",
+    )  # fmt: skip
+    theirs.set_timesteps(steps)
+    a = (1 - beta_schedule(schedule, timesteps)).cumprod(0)[theirs.timesteps]
+    theirs.sigmas = torch.cat([(1 / a - 1).sqrt(), torch.zeros(1, dtype=f64)])  # in float64, as ours
+    x = noise_sequence((2, 1, 4, 4))()
+    chain = Diffusion(timesteps, schedule).dpm_sampler(some_model, x, steps, clip=False)
+    next(chain)
+    for t, ours in zip(theirs.timesteps, chain, strict=True):
+        x = theirs.step(some_model(x, t.item()), t, x).prev_sample
+        torch.testing.assert_close(ours, x, rtol=1e-6, atol=1e-6)
+
+
+# --- samplers on Gaussian data -----------------------------------------------------------------------------------------
+# For data N(MEAN, STD^2) in every pixel the optimal prediction of the noise is linear in x_t, so without clipping each
+# sampler is affine in its starting noise and in what it draws: mean and variance obey exact recursions.
+
+MEAN, STD = 0.3, 0.2
+
+
+def gaussian_predictor(diffusion):
+    def eps_model(x, t):
+        a = diffusion.alphas_cumprod_float64[t]
+        return (1 - a) ** 0.5 * (x - a**0.5 * MEAN) / (a * STD**2 + 1 - a)
+
+    return eps_model
+
+
+def sampled_mean_and_variance(sampler, sources):
+    """A sampler's exact output mean and variance, from its response to each of its independent sources of noise.
+
+    sampler(x_T, draw) is run once on a batch: image 0 sees no noise at all, image i > 0 a unit of source i only.
+    """
+    drawn = iter(torch.eye(sources + 1, dtype=f64)[1:])
+
+    def draw():
+        return next(drawn).view(-1, 1, 1, 1)
+
+    response = last(sampler(draw(), draw)).flatten()
+    assert not list(drawn)  # all noise was used
+    return response[0].item(), ((response[1:] - response[0]) ** 2).sum().item()
+
+
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("timesteps", [1, 2, 30, 300])
+def test_ddpm_on_gaussian_data(schedule, timesteps, variance):
+    d = Diffusion(timesteps, schedule)
+    ours = sampled_mean_and_variance(
+        lambda x, draw: d.ddpm_sampler(gaussian_predictor(d), x, draw, None, variance, clip=False), timesteps
+    )
+    betas = beta_schedule(schedule, timesteps).numpy()
+    a = np.cumprod(1 - betas)
+    mean, var = 0.0, 1.0
+    for t in reversed(range(timesteps)):
+        # Ho eq. 11: (x_t - beta_t / sqrt(1 - a_t) eps) / sqrt(1 - beta_t), with eps = gain (x_t - sqrt(a_t) MEAN)
+        gain = (1 - a[t]) ** 0.5 / (a[t] * STD**2 + 1 - a[t])
+        slope = (1 - betas[t] / (1 - a[t]) ** 0.5 * gain) / (1 - betas[t]) ** 0.5
+        shift = betas[t] / (1 - a[t]) ** 0.5 * gain * a[t] ** 0.5 * MEAN / (1 - betas[t]) ** 0.5
+        a_prev = a[t - 1] if t else 1.0
+        noise = {"posterior": betas[t] * (1 - a_prev) / (1 - a[t]), "beta": betas[t] if t else 0.0}[variance]
+        mean, var = slope * mean + shift, slope**2 * var + noise
+    np.testing.assert_allclose(ours, (mean, var), rtol=1e-9)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("timesteps, steps", [(2, 2), (30, 30), (100, 10), (1000, 50), (1000, 7)])
+def test_ddim_on_gaussian_data(schedule, timesteps, steps, eta):
+    d = Diffusion(timesteps, schedule)
+    ours = sampled_mean_and_variance(
+        lambda x, draw: d.ddim_sampler(gaussian_predictor(d), x, draw, steps, eta, clip=False), steps if eta else 1
+    )
+    a = np.append(np.cumprod(1 - beta_schedule(schedule, timesteps).numpy()), 1.0)  # a[-1] is the clean image
+    visited = [round(timesteps * (1 - i / steps)) - 1 for i in range(steps)] + [-1]
+    mean, var = 0.0, 1.0
+    for t, s in zip(visited[:-1], visited[1:], strict=True):
+        sigma = eta * ((1 - a[s]) / (1 - a[t]) * (1 - a[t] / a[s])) ** 0.5  # Song eq. 16
+        gain = (1 - a[t]) ** 0.5 / (a[t] * STD**2 + 1 - a[t])
+        # Song eq. 12, as slope * x_t + shift
+        keep, point = (a[s] / a[t]) ** 0.5, (1 - a[s] - sigma**2) ** 0.5 - (a[s] * (1 - a[t]) / a[t]) ** 0.5
+        slope, shift = keep + point * gain, -point * gain * a[t] ** 0.5 * MEAN
+        mean, var = slope * mean + shift, slope**2 * var + sigma**2
+    np.testing.assert_allclose(ours, (mean, var), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddpm-beta", "ddim", "ddim-eta", "dpm"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_samplers_approach_the_data(schedule, sampler):
+    """With more steps, every sampler's mean and standard deviation come closer to the data's. cosine: T grows. linear
+    reaches noise only at T = 1000, so there the number of steps grows."""
+    errors = []
+    for steps in (10, 40, 160, 640):
+        d = Diffusion(steps if schedule == "cosine" else 1000, schedule)
+        run, sources = {
+            "ddpm": (lambda *a: d.ddpm_sampler(gaussian_predictor(d), *a, steps, clip=False), steps),  # noqa: B023
+            "ddpm-beta": (lambda *a: d.ddpm_sampler(gaussian_predictor(d), *a, steps, "beta", clip=False), steps),  # noqa: B023
+            "ddim": (lambda *a: d.ddim_sampler(gaussian_predictor(d), *a, steps, clip=False), 1),  # noqa: B023
+            "ddim-eta": (lambda *a: d.ddim_sampler(gaussian_predictor(d), *a, steps, 1.0, clip=False), steps),  # noqa: B023
+            "dpm": (lambda x, _: d.dpm_sampler(gaussian_predictor(d), x, steps, clip=False), 1),  # noqa: B023
+        }[sampler]
+        mean, variance = sampled_mean_and_variance(run, sources)
+        errors.append(max(abs(mean - MEAN), abs(variance**0.5 - STD)))
+    assert errors[-1] < 0.01
+    assert errors[-1] < errors[0] / 2 and errors[2] <= errors[0]
+
+
+# --- sampler properties ------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 3000), st.data())
+def test_step_pairs(timesteps, data):
+    steps = data.draw(st.integers(1, timesteps))
+    pairs = Diffusion(timesteps).step_pairs(steps) if timesteps < 50 else Diffusion.step_pairs(_only(timesteps), steps)
+    assert len(pairs) == steps and pairs[0][0] == timesteps - 1 and pairs[-1][1] == -1
+    assert all(t > s for t, s in pairs)
+    assert all(one[1] == two[0] for one, two in zip(pairs[:-1], pairs[1:], strict=True))
+    gaps = [t - s for t, s in pairs]
+    assert max(gaps) - min(gaps) <= 2  # evenly spaced, up to rounding
+
+
+class _only:
+    """Stands in for a Diffusion where only its number of timesteps matters."""
+
+    def __init__(self, timesteps):
+        self.timesteps = timesteps
+
+
+@given(a_schedule, st.integers(1, 60), st.sampled_from(ddpm.SAMPLERS), st.booleans(), st.data())
+def test_samplers_yield_every_step(schedule, timesteps, sampler, clip, data):
+    steps = data.draw(st.integers(1, timesteps))
+    n, shape = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([(1, 4, 4), (3, 2, 6)]))
+    d = Diffusion(timesteps, schedule)
+    chain = list(d.trajectory(lambda x, t, labels: some_model(x, t[0].item()), shape, range(n), 0, sampler=sampler,
+                              steps=steps, clip=clip, eta=0.5))  # fmt: skip
+    assert len(chain) == steps + 1
+    assert all(x.shape == (n, *shape) and x.isfinite().all() for x in chain)
+    if clip:
+        assert chain[-1].abs().max() <= 1 + 1e-6
+
+
+@given(a_schedule, st.integers(1, 80))
+def test_ddim_with_all_steps_and_eta_1_is_ddpm(schedule, timesteps):
+    d, x = Diffusion(timesteps, schedule), torch.ones(1, 1, 2, 2, dtype=f64)
+    one = last(d.ddpm_sampler(some_model, x, noise_sequence(x.shape)))
+    other = last(d.ddim_sampler(some_model, x, noise_sequence(x.shape), timesteps, 1.0))
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@given(a_schedule, st.integers(2, 500), st.data())
+def test_ddpm_steps_to_the_posterior_mean(schedule, timesteps, data):
+    """The script's two ways to the same step: q_posterior from the tables, and the sampler's floats."""
+    d, shape = Diffusion(timesteps, schedule), (1, 1, 3, 3)
+    steps = data.draw(st.integers(1, min(timesteps - 1, 20)))
+    x = noise_sequence(shape, dtype=torch.float32)()
+    chain = d.ddpm_sampler(some_model, x, lambda: torch.zeros(shape))
+    for _ in range(steps):
+        x = next(chain)
+    t = torch.tensor([timesteps - steps])
+    x0 = d.predict_x0(x, t, some_model(x, t.item())).clamp(-1, 1)
+    torch.testing.assert_close(next(chain), d.q_posterior(x0, x, t)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_perfect_predictor_gets_the_image_back():
+    x0 = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    d = Diffusion(100, "cosine")
+
+    def eps_model(x, t, labels):
+        a = d.alphas_cumprod_float64[t[0]]
+        return (x - a**0.5 * x0) / (1 - a) ** 0.5
+
+    for sampler in ddpm.SAMPLERS:
+        torch.testing.assert_close(d.sample(eps_model, 2, (1, 4, 4), sampler=sampler, steps=20), x0, rtol=0, atol=1e-4)
+
+
+# --- sample ------------------------------------------------------------------------------------------------------------
+
+
+def cheap_model(x, t, labels=None):
+    return some_model(x, t[0].item()) + (0 if labels is None else 0.1 * labels.view(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
+def test_image_i_depends_on_seed_and_i_only(sampler):
+    d = Diffusion(30, "cosine")
+    options = {"sampler": sampler, "steps": 10, "eta": 0.7, "seed": 5}
+    many = d.sample(cheap_model, 7, (1, 4, 4), **options)
+    assert many.shape == (7, 1, 4, 4) and many.dtype == torch.float32
+    assert torch.equal(d.sample(cheap_model, 3, (1, 4, 4), **options), many[:3])
+    for batch_size in (1, 2, 7, 100):
+        assert torch.equal(d.sample(cheap_model, 7, (1, 4, 4), batch_size=batch_size, **options), many)
+    assert len({tuple(x.flatten().tolist()) for x in many}) == 7
+    assert not torch.equal(d.sample(cheap_model, 7, (1, 4, 4), **options | {"seed": 6}), many)
+
+
+def test_sample_with_own_start_and_labels_in_batches():
+    d, x_T = Diffusion(30, "cosine"), torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    whole = d.sample(cheap_model, 5, (1, 4, 4), labels=labels, x_T=x_T, steps=5)
+    assert torch.equal(d.sample(cheap_model, 5, (1, 4, 4), labels=labels, x_T=x_T, steps=5, batch_size=2), whole)
+    alone = d.sample(cheap_model, 1, (1, 4, 4), labels=labels[3:4], x_T=x_T[3:4], steps=5)
+    assert torch.equal(alone, whole[3:4])
+    chain = list(d.trajectory(cheap_model, (1, 4, 4), range(5), labels=labels, x_T=x_T, steps=5))
+    assert torch.equal(chain[0], x_T) and torch.equal(chain[-1], whole)
+
+
+def test_default_steps():
+    d, calls = Diffusion(200), []
+
+    def model(x, t, labels):
+        calls.append(t[0].item())
+        return x
+
+    for sampler, steps in {"ddpm": 200, "ddim": 50, "dpm": 20}.items():
+        calls.clear()
+        d.sample(model, 1, (1, 2, 2), sampler=sampler)
+        assert len(calls) == steps and calls[0] == 199
+
+
+def test_noise_is_standard_normal_and_independent():
+    noise = ImageNoise(0, range(4000), (1, 2, 2))
+    first, second = noise().flatten(), noise().flatten()
+    for x in (first, second):
+        assert stats.kstest(x, "norm").pvalue > 0.01
+    for x, y in [(first, second), (first[:-4], first[4:])]:  # the next draw, the next image
+        assert abs(np.corrcoef(x, y)[0, 1]) < 0.03
+
+
+# --- classifier-free guidance ------------------------------------------------------------------------------------------
+
+
+class TwoPredictions:
+    """A model whose conditional prediction is 3 x + label, and its unconditional one x; it counts its calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, labels=None):
+        self.calls.append(len(x))
+        assert len(t) == len(x)
+        if labels is None:
+            return x
+        with_label = (labels >= 0).view(-1, 1, 1, 1)
+        return torch.where(with_label, 3 * x + labels.view(-1, 1, 1, 1), x)
+
+
+@given(st.floats(0, 20), st.integers(1, 5))
+def test_cfg_algebra(scale, n):
+    model, x = TwoPredictions(), torch.linspace(-1, 1, n).view(n, 1, 1, 1)
+    labels = torch.arange(n) % 3
+    eps = guided(model, labels, scale)(x, 7)
+    cond, uncond = 3 * x + labels.view(-1, 1, 1, 1), x
+    if scale == 0:
+        assert torch.equal(eps, cond)  # no guidance at all, not the unconditional prediction
+    else:
+        w = scale - 1
+        torch.testing.assert_close(eps, (1 + w) * cond - w * uncond, rtol=1e-4, atol=1e-4)  # the paper's eq. 6
+    assert model.calls == ([n] if scale in (0, 1) else [2 * n])  # one pass, whatever the scale
+
+
+def test_cfg_without_labels_is_unconditional():
+    model, x = TwoPredictions(), torch.ones(2, 1, 1, 1)
+    assert torch.equal(guided(model, None, 3.0)(x, 0), x) and model.calls == [2]
+
+
+@pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
+def test_guided_sampling_is_one_pass_a_step(sampler):
+    model, d = TwoPredictions(), Diffusion(50, "cosine")
+    labels = torch.tensor([0, 1, 2])
+    images = d.sample(model, 3, (1, 2, 2), labels=labels, cfg_scale=2.0, sampler=sampler, steps=10)
+    assert model.calls == [6] * 10 and images.isfinite().all()

@@ -1,0 +1,522 @@
+"""evaluate.py against scipy, brute force, closed forms and another library's bound; errors; the shipped classifier."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import safetensors.torch
+import scipy.linalg
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import evaluate
+from ddpm import Diffusion
+from utils import ImageData, UserError, generator, load_data, save_samples, to_model, to_uint8
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def random_covariance(dimensions, rank, seed):
+    a = normal(dimensions, rank, seed=seed)
+    return a @ a.T / rank
+
+
+# --- distances ----------------------------------------------------------------------------------------------------
+
+
+@given(dimensions=st.integers(1, 12), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_frechet_equals_scipy_sqrtm(dimensions, seed):
+    mu1, mu2 = normal(2, dimensions, seed=seed)
+    cov1, cov2 = (random_covariance(dimensions, 2 * dimensions + 1, seed + i) for i in (1, 2))
+    root = scipy.linalg.sqrtm(cov1.numpy() @ cov2.numpy()).real
+    expected = (mu1 - mu2).square().sum().item() + np.trace(cov1.numpy() + cov2.numpy() - 2 * root)
+    assert evaluate.frechet(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-7, abs=1e-7)
+
+
+def test_frechet_closed_form_and_symmetry():
+    # commuting covariances: the sum over axes of (difference of means)^2 + (difference of standard deviations)^2
+    mu1, mu2 = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, 5.0])
+    s1, s2 = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([3.0, 0.5, 0.0])
+    first, second = (mu1, s1.square().diag()), (mu2, s2.square().diag())
+    expected = 1 + 4 + 4 + 2.25
+    assert evaluate.frechet(*first, *second) == pytest.approx(expected)
+    assert evaluate.frechet(*second, *first) == pytest.approx(expected)
+    assert evaluate.frechet(*first, *first) == pytest.approx(0, abs=1e-12)
+    low_rank = random_covariance(10, 3, seed=1)
+    assert evaluate.frechet(torch.zeros(10), low_rank, torch.zeros(10), low_rank) == pytest.approx(0, abs=1e-6)
+
+
+def test_statistics_are_numpys():
+    x = normal(50, 4).float()
+    mean, cov = evaluate.statistics(x)
+    np.testing.assert_allclose(mean, x.double().numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(cov, np.cov(x.double().numpy(), rowvar=False), rtol=1e-12)
+
+
+def test_bootstrap_interval_holds_its_estimate_and_shrinks_with_the_count():
+    mu, cov = torch.zeros(4).double(), torch.eye(4).double()
+    widths = []
+    for count in (200, 3200):
+        x = normal(count, 4, seed=count) + 0.5
+        result = evaluate.frechet_bootstrap(x, mu, cov)
+        low, high = result["interval_95"]
+        assert low < evaluate.frechet(*evaluate.statistics(x), mu, cov) < high
+        assert result["bias"] > 0
+        widths.append(high - low)
+    assert 2 < widths[0] / widths[1] < 8  # a sixteenth of the variance: a quarter of the width
+
+
+def test_kid_is_unbiased_and_sees_a_difference():
+    same = [evaluate.kid(normal(100, 6, seed=2 * i), normal(150, 6, seed=2 * i + 1), seed=i) for i in range(60)]
+    values = np.array([result["kid"] for result in same])
+    assert abs(values.mean()) < 3 * values.std(ddof=1) / math.sqrt(len(values))
+    # the reported standard error is the one that these repetitions show
+    assert np.mean([result["standard_error"] for result in same]) == pytest.approx(values.std(ddof=1), rel=0.25)
+    other = evaluate.kid(normal(300, 6, seed=1), normal(300, 6, seed=2) + 0.5)
+    assert other["kid"] > 5 * other["standard_error"]
+
+
+def test_squared_mmd_brute_force():
+    x, y = normal(7, 3, seed=1), normal(5, 3, seed=2)
+
+    def mean_kernel(a, b, skip_equal=False):
+        return np.mean([(u @ v / 3 + 1).item() ** 3 for i, u in enumerate(a) for j, v in enumerate(b)
+                        if not (skip_equal and i == j)])  # fmt: skip
+
+    expected = mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y)
+    assert evaluate.squared_mmd(x, y) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_recall_brute_force(k):
+    real, fake = normal(40, 2, seed=1), 1.5 * normal(60, 2, seed=2) + 0.3
+
+    def share_inside(points, manifold):
+        radii = [sorted(math.dist(a, b) for b in manifold)[k] for a in manifold]
+        return np.mean([any(math.dist(p, m) <= r for m, r in zip(manifold, radii, strict=True)) for p in points])
+
+    expected = share_inside(fake.tolist(), real.tolist()), share_inside(real.tolist(), fake.tolist())
+    assert evaluate.precision_recall(real, fake, k, chunk=17) == pytest.approx(expected)
+
+
+def test_precision_recall_of_a_missing_and_of_an_invented_mode():
+    left, right = normal(200, 2, seed=1) * 0.1, normal(200, 2, seed=2) * 0.1 + 10
+    both = torch.cat([left, right])
+    more_left = normal(400, 2, seed=3) * 0.1
+    precision, recall = evaluate.precision_recall(both, more_left)
+    assert precision > 0.9 and 0.4 < recall <= 0.5
+    precision, recall = evaluate.precision_recall(more_left, both)
+    assert 0.4 < precision <= 0.5 and recall > 0.9
+
+
+def test_label_agreement():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 0.0], [5.0, 0.0]])
+    result = evaluate.label_agreement(logits, torch.tensor([0, 1, 1, 0]), ["a", "b"])
+    assert result["agreement"] == 0.75
+    assert [(c["class"], c["count"], c["agreement"]) for c in result["per_class"]] == [("a", 2, 1.0), ("b", 2, 0.5)]
+    probability = [1 / (1 + math.exp(-d)) for d in (2, 2, -1, 5)]
+    assert result["confidence"] == pytest.approx(np.mean(probability))
+    assert result["per_class"][0]["confidence"] == pytest.approx((probability[0] + probability[3]) / 2)
+    for label in (-1, 2):
+        with pytest.raises(UserError, match=f"label {label} is out of range"):
+            evaluate.label_agreement(logits[:1], torch.tensor([label]), ["a", "b"])
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_nearest_neighbours_brute_force(k):
+    images = torch.randint(256, (30, 1, 5, 5), generator=generator(1), dtype=torch.uint8)
+    data = ImageData(images, None, [], "toy", False, 5)
+    samples = images[[20, 3]].clone()
+    samples[0, 0, 0, 0] ^= 1
+    index, distance = evaluate.nearest_neighbours(samples, data, k=k, chunk=7)
+    assert index[:, 0].tolist() == [20, 3] and distance[:, 0].tolist() == pytest.approx([1, 0])
+    everything = torch.cdist(samples.flatten(1).double(), images.flatten(1).double())
+    np.testing.assert_allclose(distance, everything.sort(1).values[:, :k], atol=1e-6)
+    with pytest.raises(UserError, match="the images of toy"):
+        evaluate.nearest_neighbours(samples[..., :4], data)
+
+
+# --- likelihood and noise error -----------------------------------------------------------------------------------
+
+MEAN, STD = -0.2, 0.3  # of the Gaussian whose optimal predictor is known
+
+
+class OptimalPredictor(nn.Module):
+    """E[noise | x_t] for pixels that are independent N(MEAN, STD^2)."""
+
+    def __init__(self, diffusion):
+        super().__init__()
+        self.a = torch.tensor(diffusion.alphas_cumprod_float64)
+
+    def forward(self, x, t, labels=None):
+        a = self.a[t].view(-1, 1, 1, 1)
+        noise = (1 - a).sqrt() * (x.double() - a.sqrt() * MEAN) / (a * STD**2 + 1 - a)
+        return noise.float()
+
+
+def gaussian_images(count, size=4):
+    x = normal(count, 1, size, size, seed=3) * STD + MEAN
+    return to_model(to_uint8(x))
+
+
+def expected_bound(images, diffusion, variance):
+    """The bound with the optimal predictor, every term exactly, in float64 numpy: bits/dim and its three parts."""
+    a = np.array(diffusion.alphas_cumprod_float64)
+    x0 = images.double().numpy().ravel()
+    a_prev = np.append(1, a[:-1])
+    beta = 1 - a / a_prev
+    posterior = beta * (1 - a_prev) / (1 - a)
+    L_T = np.mean((a[-1] * x0**2 - a[-1] - np.log(1 - a[-1])) / 2)
+    L_t = []
+    for t in range(1, len(a)):
+        gain = np.sqrt(a[t]) * STD**2 / (a[t] * STD**2 + 1 - a[t])  # of E[x0 | x_t]
+        error = (x0 - MEAN) ** 2 * (1 - gain * np.sqrt(a[t])) ** 2 + gain**2 * (1 - a[t])
+        mean_error = (beta[t] * np.sqrt(a_prev[t]) / (1 - a[t])) ** 2 * error
+        v = beta[t] if variance == "beta" else posterior[t]
+        L_t.append(np.mean(np.log(v / posterior[t]) + (posterior[t] + mean_error) / v - 1) / 2)
+    sigma = np.sqrt(beta[0] if variance == "beta" else posterior[1])
+    gain = np.sqrt(a[0]) * STD**2 / (a[0] * STD**2 + 1 - a[0])
+    nodes, weights = np.polynomial.hermite_e.hermegauss(20)
+    L_0 = 0.0
+    for node, weight in zip(nodes, weights / weights.sum(), strict=True):
+        x_t = np.sqrt(a[0]) * x0 + np.sqrt(1 - a[0]) * node
+        mean = MEAN + gain * (x_t - np.sqrt(a[0]) * MEAN)
+        above = np.where(x0 > 0.999, np.inf, x0 + 1 / 255)
+        below = np.where(x0 < -0.999, -np.inf, x0 - 1 / 255)
+        decoder = scipy.stats.norm(mean, sigma)  # the upper tail has its digits in sf, the lower one in cdf
+        mass = np.maximum(decoder.cdf(above) - decoder.cdf(below), decoder.sf(below) - decoder.sf(above))
+        L_0 -= weight * np.mean(np.log(mass))
+    parts = np.array([L_T, sum(L_t), L_0]) / np.log(2)
+    return parts.sum(), parts
+
+
+@pytest.mark.parametrize("variance", ["beta", "posterior"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_bound_of_the_optimal_predictor(schedule, variance):
+    diffusion, images = Diffusion(300, schedule), gaussian_images(500)
+    result = evaluate.variational_bound(
+        OptimalPredictor(diffusion), diffusion, images, variance=variance, clip=False, batch_size=500
+    )
+    bits, parts = expected_bound(images, diffusion, variance)
+    assert result["standard_error"] < 0.02 * bits
+    assert abs(result["bits_per_dim"] - bits) < 4 * result["standard_error"]
+    assert [result["L_T"], result["sum_of_L_t"], result["L_0"]] == pytest.approx(parts, rel=0.03, abs=1e-4)
+    assert result["bits_per_dim"] == pytest.approx(result["L_T"] + result["sum_of_L_t"] + result["L_0"])
+    # no model of these pixels can do better than their entropy
+    entropy = scipy.stats.norm(MEAN, STD).entropy() / np.log(2) + np.log2(127.5)
+    assert bits > entropy - 0.05
+
+
+class Recorder(nn.Module):
+    """A model that is wrong in a definite way, and remembers what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, t, labels=None):
+        self.calls.append((x.clone(), t.clone()))
+        return 0.9 * x + 0.05 * torch.sin(3 * x)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_bound_against_denoising_diffusion_pytorch(clip):
+    from denoising_diffusion_pytorch.learned_gaussian_diffusion import LearnedGaussianDiffusion
+
+    diffusion, images, recorder = Diffusion(1000, "linear"), gaussian_images(8), Recorder()
+    ours = evaluate.variational_bound(recorder, diffusion, images, clip=clip, batch_size=8)
+
+    class WithVariance(nn.Module):
+        channels, out_dim, self_condition, random_or_learned_sinusoidal_cond = 1, 2, False, False
+
+        def forward(self, x, t):
+            return torch.cat([recorder(x, t), torch.ones_like(x)], 1)  # 1: the upper limit of the variance, beta_t
+
+    theirs = LearnedGaussianDiffusion(
+        WithVariance(), 1.0, image_size=4, timesteps=1000, beta_schedule="linear", objective="pred_noise"
+    )
+    for term, (x_t, t) in zip(ours["per_t"], list(recorder.calls), strict=True):
+        a = theirs.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noise = (x_t - a.sqrt() * images) / (1 - a).sqrt()
+        total = theirs.p_losses(images, t, noise, clip_denoised=clip, loss_reduction="none")
+        simple = (recorder(x_t, t) - noise).square().flatten(1).mean(1)
+        # they approximate the normal distribution function, we do not: to be seen at t = 0 only
+        tolerance = 0.01 if term["t_from"] == 0 else 2e-3
+        assert term["bits_per_dim_per_step"] == pytest.approx((total - simple).mean().item(), rel=tolerance, abs=2e-7)
+
+
+def test_discretized_gaussian_is_a_distribution_and_keeps_digits_in_the_tails():
+    levels = torch.arange(256).double() / 127.5 - 1
+    for mean, sigma in ((0.0, 0.01), (-1.3, 0.5), (0.99, 0.1)):
+        mass = evaluate.log_discretized_gaussian(levels, torch.tensor(mean).double(), sigma).exp()
+        assert mass.sum().item() == pytest.approx(1, abs=1e-12)
+        below, above = (scipy.stats.norm.cdf(levels.numpy() + d, mean, sigma) for d in (-1 / 255, 1 / 255))
+        np.testing.assert_allclose(mass[1:-1], (above - below)[1:-1], atol=1e-15)
+    far = evaluate.log_discretized_gaussian(torch.tensor([-0.5, 0.5]), torch.tensor([0.5, -0.5]), 0.01)
+    assert far[0] == pytest.approx(far[1].item()) and -5100 < far[0] < -4800
+
+
+@given(st.integers(1, 3000))
+@settings(max_examples=30, deadline=None)
+def test_timestep_ranges_cover_every_step_once(timesteps):
+    edges = evaluate.timestep_ranges(timesteps)
+    assert edges[:2] == [0, 1] and edges[-1] == timesteps and edges == sorted(set(edges))
+
+
+def test_stratified_timesteps():
+    t = evaluate.stratified_timesteps(10, 20, 100, generator(0))
+    assert torch.bincount(t, minlength=20)[10:].tolist() == [10] * 10
+    assert t.tolist() != sorted(t.tolist())
+
+
+def test_noise_error_of_the_optimal_predictor():
+    diffusion, images = Diffusion(200, "cosine"), gaussian_images(400)
+    result = evaluate.noise_error(OptimalPredictor(diffusion), diffusion, images, bins=10, batch_size=400)
+    a = np.array(diffusion.alphas_cumprod_float64)
+    x0 = images.double().numpy().ravel()
+    # noise - E[noise | x_t] is linear in x0 - MEAN and the noise
+    gain = np.sqrt(1 - a) / (a * STD**2 + 1 - a)
+    expected = gain**2 * a * np.mean((x0 - MEAN) ** 2) + (1 - gain * np.sqrt(1 - a)) ** 2
+    assert abs(result["mse"] - expected.mean()) < 4 * result["standard_error"] < 0.02
+    assert [r["mse"] for r in result["per_t"]] == pytest.approx(expected.reshape(10, 20).mean(1), rel=0.1)
+    assert result == evaluate.noise_error(OptimalPredictor(diffusion), diffusion, images, bins=10, batch_size=77)
+
+
+def test_a_model_that_is_not_finite():
+    diffusion, images = Diffusion(10), gaussian_images(4)
+
+    def broken(x, t, labels=None):
+        return x * math.nan
+
+    for measure in (evaluate.noise_error, evaluate.variational_bound):
+        with pytest.raises(UserError, match="not finite"):
+            measure(broken, diffusion, images)
+
+
+# --- the classifier and its files ---------------------------------------------------------------------------------
+
+
+def test_shift_and_flip():
+    images = torch.randint(256, (200, 1, 6, 6), generator=generator(0), dtype=torch.uint8)
+    moved = evaluate.shift_and_flip(images, 1, generator(1))
+    assert torch.equal(moved, evaluate.shift_and_flip(images, 1, generator(1)))
+    padded = nn.functional.pad(to_model(images), (1, 1, 1, 1), mode="reflect")
+    seen = set()
+    for i in range(len(images)):
+        for flip in (False, True):
+            for top in range(3):
+                for left in range(3):
+                    window = padded[i, :, top : top + 6, left : left + 6]
+                    if torch.equal(moved[i], window.flip(2) if flip else window):
+                        seen.add((flip, top, left))
+    assert len(seen) == 18
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A project folder whose data set `toy` is easy: class 1 is bright on the left, class 0 on the right."""
+    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
+    monkeypatch.setattr(evaluate, "CHECKPOINTS", tmp_path / "checkpoints")
+    recipe = evaluate.DEFAULT_RECIPE | {"widths": [4, 8], "depths": [1], "epochs": 2, "batch_size": 50}
+    monkeypatch.setitem(evaluate.RECIPES, "toy", recipe | {"shift": 1})
+    monkeypatch.setattr(evaluate, "shift_and_flip", lambda images, shift, g: to_model(images))
+
+    def load(name, split="train", image_size=None):
+        if name != "toy":
+            return load_data(name, split, image_size)
+        count = 400 if split == "train" else 100
+        g = generator(count)
+        images = torch.randint(100, (count, 1, 8, 8), generator=g, dtype=torch.uint8)
+        labels = torch.randint(2, (count,), generator=g)
+        images[labels == 1, :, :, :4] += 120
+        images[labels == 0, :, :, 4:] += 120
+        return ImageData(images, labels, ["right", "left"], "toy", False, 8)
+
+    monkeypatch.setattr(evaluate, "load_data", load)
+    return load
+
+
+def run(*argv):
+    return evaluate.main([str(a) for a in argv])
+
+
+def test_from_training_a_classifier_to_numbers(toy, tmp_path, capsys):
+    run("train-features", "toy")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["test_accuracy"] > 0.9 and facts["command"] == "python evaluate.py train-features toy"
+    net = evaluate.load_features("toy")
+    assert evaluate.accuracy(net, toy("toy", "test")) == facts["test_accuracy"]
+
+    train, path = toy("toy"), tmp_path / "samples.npz"
+    save_samples(path, train.images, train.labels)
+    out = tmp_path / "report/results/toy.json"
+    run(path, "--data", "toy", "--json-out", out, "--seed", 3, "--labels")
+    real = json.loads(capsys.readouterr().out)
+    assert json.loads(out.read_text()) == real
+    assert real["samples"] == 400 and real["features"]["sha256"] == net.sha256
+    assert real["labels"]["agreement"] > 0.9 and real["reference"]["images"] == 100
+    assert real["frechet_distance_to_train"] == pytest.approx(0, abs=1e-6)
+    assert real["precision_recall_settings"] == {"k": 3, "count": 100, "seed": 3}
+
+    save_samples(path, torch.randint(256, (400, 1, 8, 8), dtype=torch.uint8), 1 - train.labels)
+    run(path, "--data", "toy", "--bootstrap", 0)
+    noise = json.loads(capsys.readouterr().out)
+    assert noise["frechet_distance"] > 3 * real["frechet_distance"]
+    assert noise["kernel_distance"]["kid"] > real["kernel_distance"]["kid"]
+    assert "frechet_bootstrap" not in noise
+
+    run("sanity", "--data", "toy", "--n", 100)
+    rows = {r["name"]: r for r in json.loads((tmp_path / "report/results/sanity_toy.json").read_text())["sets"]}
+    assert rows["train"]["frechet_distance"] < rows["noise only"]["frechet_distance"]
+    assert rows["without 1 of 2 classes"]["recall"] < rows["train"]["recall"]
+
+    reference = tmp_path / "checkpoints/reference_toy.safetensors"
+    reference.rename(reference.with_name("features_toy.safetensors"))
+    with pytest.raises(UserError, match="does not fit the network"):
+        evaluate.load_features("toy")
+
+
+def test_interrupted_classifier_training_goes_on_to_the_same_weights(toy, tmp_path, monkeypatch):
+    evaluate.train_features("toy")
+    path = tmp_path / "checkpoints/features_toy.safetensors"
+    whole = path.read_bytes()
+    for file in tmp_path.rglob("*.*"):
+        file.unlink() if file.is_file() else None
+    measure, calls = evaluate.accuracy, []
+
+    def interrupt(net, data):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(net, data)
+
+    monkeypatch.setattr(evaluate, "accuracy", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.train_features("toy")
+    assert not path.exists()
+    facts = evaluate.train_features("toy")
+    assert [h["epoch"] for h in facts["history"]] == [1, 2]
+    first, second = (safetensors.torch.load(data) for data in (whole, path.read_bytes()))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+# --- the shipped Fashion-MNIST classifier -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    net = evaluate.load_features("fashion_mnist")
+    return net, evaluate.load_reference("fashion_mnist", net)[0], load_data("fashion_mnist", "test")
+
+
+def test_shipped_classifier(shipped):
+    net, reference, test = shipped
+    _, facts = evaluate.read_file(evaluate.checkpoint_path("features", "fashion_mnist"), "")
+    assert facts["test_accuracy"] >= 0.94
+    some = ImageData(test.images[:1000], test.labels[:1000], test.classes, "", False, 28)
+    assert evaluate.accuracy(net, some) > 0.92
+    assert reference["test_features"].shape == (10_000, net.head.in_features) == reference["train_features"].shape
+    # the stored half-precision features are those behind the stored statistics
+    stored = evaluate.statistics(reference["test_features"])
+    assert evaluate.frechet(*stored, reference["test_mean"], reference["test_cov"]) < 1e-3
+
+
+def test_shipped_classifier_orders_images(shipped):
+    net, reference, test = shipped
+    images, g = test.images[:600], generator(0)
+    sets = [images, evaluate.add_noise(images, 0.1, g), evaluate.add_noise(images, 0.4, g),
+            torch.randint(256, images.shape, generator=g, dtype=torch.uint8)]  # fmt: skip
+    results = [evaluate.compare(evaluate.features(net, x)[0], reference, draws=0) for x in sets]
+    for measure in (lambda r: r["frechet_distance"], lambda r: r["kernel_distance"]["kid"], lambda r: -r["precision"]):
+        values = [measure(r) for r in results]
+        assert values == sorted(values) and values[0] < values[-1]
+    blurred = evaluate.features(net, evaluate.blur(images, 1.5))[0]
+    assert evaluate.compare(blurred, reference, draws=0)["frechet_distance"] > results[0]["frechet_distance"]
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def samples(tmp_path, shape=(300, 28, 28, 1), dtype=np.uint8, high=256, **more):
+    path = tmp_path / "samples.npz"
+    images = np.random.default_rng(0).integers(0, high, shape).astype(dtype)
+    np.savez(path, images=images, **more)
+    return path
+
+
+def nan_images(tmp_path):
+    path = tmp_path / "samples.npz"
+    np.savez(path, images=np.full((300, 28, 28, 1), np.nan, np.float32))
+    return path
+
+
+@pytest.mark.parametrize("make, options, message", [
+    (lambda p: samples(p, (300, 32, 32, 1)), [], "expects 28 x 28 x 1"),
+    (lambda p: samples(p, (300, 28, 28, 3)), [], "expects 28 x 28 x 1"),
+    (lambda p: samples(p, (100, 28, 28, 1)), [], "do not determine the covariance"),
+    (lambda p: samples(p, high=2), [], "largest value is 1"),
+    (lambda p: samples(p, dtype=np.float32), [], "uint8"),
+    (nan_images, [], "uint8"),
+    (samples, ["--labels"], "have no labels"),
+    (lambda p: samples(p, labels=np.full(300, 10)), [], "label 10 is out of range"),
+    (samples, ["--data", "nonsense"], "features_nonsense.safetensors"),
+    (samples, ["--features", "nonsense"], "features_nonsense.safetensors"),
+    (samples, ["--bootstrap", "1"], "at least 2 draws"),
+    (lambda p: p / "missing.npz", [], "no sample file"),
+])  # fmt: skip
+def test_bad_samples(tmp_path, refused, make, options, message):
+    out = tmp_path / "out.json"
+    line = refused(evaluate.main, make(tmp_path), "--data", "fashion_mnist", *options, "--json-out", out)
+    assert message in line and not out.exists()
+
+
+@pytest.mark.parametrize("argv", [["likelihood"], ["sanity", "--n", "0"], ["x.npz"], ["x.npz", "--data=d", "--k", "0"]])
+def test_bad_flags(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(*argv)
+    assert end.value.code == 2
+
+
+def test_bad_checkpoint_and_counts(tmp_path):
+    with pytest.raises(UserError, match="missing.safetensors"):
+        run("likelihood", tmp_path / "missing.safetensors")
+    config = {"model": {"channels": 1}, "data": {"name": "fashion_mnist", "image_size": 28}}
+    for count in (1, 10_001):
+        with pytest.raises(UserError, match="--n must be between"):
+            evaluate.model_images(None, config, count)
+    with pytest.raises(UserError, match="have 3 channels"):
+        evaluate.model_images(None, config | {"model": {"channels": 3}}, 10)
+    with pytest.raises(UserError, match="give --data"):
+        evaluate.model_images(None, {"model": {}, "data": {"image_size": 28}}, 10)
+
+
+def test_inception_without_its_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchmetrics.image.fid", None)
+    with pytest.raises(UserError, match="pip install torchmetrics torch-fidelity"):
+        run(samples(tmp_path), "--data", "fashion_mnist", "--features", "inception")
+
+
+def test_a_checkpoint_from_the_command_line(tmp_path, capsys):
+    from modules import PatchUNet
+    from training import save_checkpoint
+
+    config = {"model": {"name": "PatchUNet", "channels": 1, "width": 8}, "diffusion": {"timesteps": 20},
+              "data": {"name": "fashion_mnist", "image_size": 28}}  # fmt: skip
+    model = PatchUNet(channels=1, width=8)  # its last layer starts at zero: it predicts that there is no noise
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, {"raw": model.state_dict()}, config)
+    run("noise-error", path, "--n", 50, "--bins", 4)
+    result = json.loads(capsys.readouterr().out)
+    assert result["mse"] == pytest.approx(1, abs=0.02) and result["data"] == "fashion_mnist"
+    assert [(r["t_from"], r["t_to"]) for r in result["per_t"]] == [(0, 4), (5, 9), (10, 14), (15, 19)]
+    run("likelihood", path, "--n", 20, "--variance", "posterior", "--no-clip")
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 20 and result["variance"] == "posterior" and not result["clip"]
+    assert result["sha256"] == evaluate.sha256(path)

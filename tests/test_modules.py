@@ -1,0 +1,321 @@
+"""The networks against the course's own (names, shapes, outputs), against formulas written out, and the average."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import modules
+from ddpm import guided
+from modules import EMA, PatchUNet, UNet, UNet_conditional
+from training import load_checkpoint, train
+
+DATA = Path(__file__).parent / "data"
+
+
+def randomise(model, scale=0.05):
+    """Weights as the reference file wants them; also no zero-initialised layer stays zero and hides what is before it."""
+    rng = np.random.RandomState(0)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            value = scale * rng.standard_normal(tuple(p.shape))
+            p.copy_(torch.from_numpy(value + (p.ndim == 1 and name.endswith(".weight"))))
+    return model.eval()
+
+
+def inputs(channels=1, size=8, n=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, channels, size, size, generator=g), torch.randint(1000, (n,), generator=g)
+
+
+# --- the course's networks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network, arguments", [(UNet, {}), (UNet_conditional, {"num_classes": 10})])
+def test_course_names_order_and_shapes(network, arguments):
+    expected = json.loads((DATA / "course_checkpoint_shapes.json").read_text())[network.__name__]
+    ours = {name: list(w.shape) for name, w in network(**arguments).state_dict().items()}
+    assert list(ours.items()) == list(expected.items())
+
+
+def test_course_outputs():
+    golden = {name: torch.from_numpy(a) for name, a in np.load(DATA / "unet_conditional_golden.npz").items()}
+    model = randomise(UNet_conditional(num_classes=10))
+    with torch.inference_mode():
+        x, t = golden["x"], golden["t"]
+        both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([golden["y"], torch.full_like(golden["y"], -1)]))
+        torch.testing.assert_close(both[:2], golden["out_cond"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(both[2:], golden["out_uncond"], rtol=0, atol=1e-4)
+        # without labels at all it is the unconditional network with the same weights
+        plain = UNet()
+        plain.load_state_dict({name: w for name, w in model.state_dict().items() if not name.startswith("label_emb")})
+        torch.testing.assert_close(plain.eval()(x, t), golden["out_uncond"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("classes", [None, 3])
+def test_course_file_format(tmp_path, prefix, classes):
+    """A state dict in a .pt, as torch.save writes it, from a DataParallel network or not."""
+    arguments = {"channels": 1, "width": 8}
+    model = randomise(UNet(**arguments) if classes is None else UNet_conditional(num_classes=3, **arguments))
+    path = tmp_path / "conditional_ckpt.pt"
+    torch.save({prefix + name: w for name, w in model.state_dict().items()}, path)
+    loaded, diffusion, config = load_checkpoint(path)
+    assert type(loaded) is type(model) and loaded.num_classes == classes and not loaded.training
+    assert (diffusion.timesteps, diffusion.schedule, config["data"]["image_size"]) == (1000, "linear", 64)
+    x, t = inputs(size=16)
+    labels = None if classes is None else torch.tensor([0, 2, -1])
+    torch.testing.assert_close(loaded(x, t, labels), model(x, t, labels), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 24, 32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_course_network_at_other_widths_and_sizes(channels, size):
+    model = UNet_conditional(channels=channels, num_classes=4, width=8)
+    x, t = inputs(channels, size)
+    assert model(x, t, torch.tensor([0, -1, 3])).shape == x.shape
+
+
+def test_course_network_trains_every_weight():
+    model = randomise(UNet_conditional(channels=1, num_classes=3, width=4))
+    x, t = inputs(size=16)
+    model(x, t, torch.tensor([0, 1, 2])).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("width", [1, 2, 6, 30])
+def test_course_network_refuses_a_width_that_its_heads_do_not_divide(width):
+    with pytest.raises(ValueError, match="multiple of 4"):
+        UNet(width=width)
+
+
+def test_self_attention_is_multihead_attention():
+    layer = randomise(modules.SelfAttention(16), scale=0.5)
+    x, _ = inputs(16, 4)
+    tokens = x.flatten(2).transpose(1, 2)
+    normed = layer.ln(tokens)
+    tokens = tokens + layer.mha(normed, normed, normed)[0]
+    tokens = tokens + layer.ff_self(tokens)
+    torch.testing.assert_close(layer(x), tokens.transpose(1, 2).reshape(x.shape), rtol=1e-5, atol=1e-5)
+
+
+# --- PatchUNet ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", modules.BLOCKS)
+@pytest.mark.parametrize("classes", [None, 10])
+@pytest.mark.parametrize("channels, size", [(1, 28), (3, 32), (1, 64)])
+def test_patch_unet_shapes(channels, size, classes, block):
+    model = PatchUNet(channels, width=8, num_classes=classes, block=block)
+    x, t = inputs(channels, size)
+    eps = model(x, t, None if classes is None else torch.tensor([0, 9, -1]))
+    assert eps.shape == x.shape and size % model.size_multiple == 0
+    assert (eps == 0).all()  # an untrained network predicts no noise: the loss starts at the noise's variance
+
+
+@settings(max_examples=25)
+@given(
+    width=st.integers(1, 40), mults=st.lists(st.integers(1, 3), min_size=1, max_size=3), depth=st.integers(1, 2),
+    block=st.sampled_from(list(modules.BLOCKS)), attention=st.booleans(), classes=st.sampled_from([None, 1, 3]),
+    channels=st.sampled_from([1, 3]),
+)  # fmt: skip
+def test_patch_unet_of_any_shape(width, mults, depth, block, attention, classes, channels):
+    model = PatchUNet(channels, width, mults, depth, 2, classes, block, attention)
+    x, t = inputs(channels, model.size_multiple, n=2)
+    with torch.no_grad():
+        assert model(x, t, None if classes is None else torch.tensor([0, -1])).shape == x.shape
+
+
+@pytest.mark.parametrize("block", modules.BLOCKS)
+def test_patch_unet_trains_every_weight(block):
+    model = randomise(PatchUNet(width=8, mults=(1, 2, 2), depth=2, num_classes=3, block=block))
+    x, t = inputs(size=16)
+    model(x, t, torch.tensor([0, 1, 2])).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def networks():
+    return [PatchUNet(1, width=8, num_classes=5), PatchUNet(1, width=8, num_classes=5, block="convnext"),
+            UNet_conditional(1, num_classes=5, width=8)]  # fmt: skip
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_no_label_and_label_dropout(which):
+    """-1 is no label, in part of a batch or all of it, and dropping a label leaves the other images' outputs alone."""
+    model = randomise(networks()[which])
+    x, t = inputs(size=16, n=4)
+    labels = torch.tensor([3, 1, 4, 1])
+    dropped = torch.tensor([3, -1, 4, -1])
+    with torch.no_grad():
+        cond, uncond, mixed = model(x, t, labels), model(x, t), model(x, t, dropped)
+        torch.testing.assert_close(model(x, t, torch.full((4,), -1)), uncond, rtol=0, atol=0)
+    torch.testing.assert_close(mixed[[0, 2]], cond[[0, 2]], rtol=0, atol=0)
+    torch.testing.assert_close(mixed[[1, 3]], uncond[[1, 3]], rtol=0, atol=0)
+    assert ((cond - uncond).abs().amax((1, 2, 3)) > 1e-3).all()  # a label does matter
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_dropped_labels_train_no_embedding(which):
+    model = randomise(networks()[which])
+    x, t = inputs(size=16)
+    model(x, t, torch.tensor([3, -1, 1])).square().mean().backward()
+    rows = model.label_emb.weight.grad.abs().sum(1) > 0
+    assert rows.tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_images_do_not_see_each_other(which):
+    """And channels_last is the same network: the two layouts and any batch give the same outputs, up to rounding."""
+    model = randomise(networks()[which])
+    x, t = inputs(size=16, n=4)
+    labels = torch.tensor([0, 1, -1, 3])
+    with torch.no_grad():
+        whole = model(x, t, labels)
+        for i in range(4):
+            alone = model(x[i : i + 1], t[i : i + 1], labels[i : i + 1])
+            torch.testing.assert_close(alone, whole[i : i + 1], rtol=1e-4, atol=1e-5)
+        other = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t, labels)
+    torch.testing.assert_close(other, whole, rtol=1e-4, atol=1e-5)
+    assert (whole[0] - whole[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_timestep_matters(which):
+    model = randomise(networks()[which])
+    x, _ = inputs(size=16, n=1)
+    with torch.no_grad():
+        early, late = (model(x, torch.tensor([t])) for t in (0, 900))
+    assert (early - late).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_guided_in_one_pass_is_two_passes(which):
+    model = randomise(networks()[which])
+    x, _ = inputs(size=16)
+    labels = torch.tensor([0, 4, 2])
+    with torch.no_grad():
+        cond, uncond = model(x, torch.full((3,), 7), labels), model(x, torch.full((3,), 7), None)
+        for scale in (0.5, 2.0, 7.5):
+            expected = uncond + scale * (cond - uncond)
+            torch.testing.assert_close(guided(model, labels, scale)(x, 7), expected, rtol=1e-5, atol=1e-5)
+        for scale in (0, 1):
+            torch.testing.assert_close(guided(model, labels, scale)(x, 7), cond, rtol=0, atol=0)
+
+
+# --- layers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 2, 33, 48, 256])
+def test_sinusoidal_embedding(dim):
+    t = torch.tensor([0, 1, 500, 999])
+    ours = modules.sinusoidal_embedding(t, dim)
+    for row, time in zip(ours, t.tolist(), strict=True):
+        angles = [time * 10000 ** (-i / dim) for i in range(0, dim, 2)]
+        expected = ([math.sin(a) for a in angles] + [math.cos(a) for a in angles])[:dim]
+        np.testing.assert_allclose(row, expected, atol=2e-4)  # float32 angles up to 999
+
+
+@pytest.mark.parametrize("dim, heads", [(8, 1), (64, 2)])
+def test_attention_is_softmax_attention(dim, heads):
+    layer = randomise(modules.Attention(dim), scale=0.3)
+    assert layer.heads == heads
+    x, _ = inputs(dim, 3)
+    q, k, v = layer.qkv(layer.norm(x)).view(3, 3, heads, dim // heads, 9).unbind(1)
+    weights = torch.einsum("nhdi,nhdj->nhij", q, k).mul((dim // heads) ** -0.5).softmax(-1)
+    out = torch.einsum("nhij,nhdj->nhdi", weights, v).reshape(3, dim, 3, 3)
+    torch.testing.assert_close(layer(x), x + layer.out(out), rtol=1e-4, atol=1e-5)
+
+
+def test_linear_attention_is_its_formula():
+    layer = randomise(modules.LinearAttention(64), scale=0.3)
+    x, _ = inputs(64, 3)
+    q, k, v = layer.qkv(layer.norm(x)).view(3, 3, 2, 32, 9).unbind(1)
+    q, k = q.softmax(2) * 32**-0.5, k.softmax(3)
+    out = torch.einsum("nhdi,nhdj,nhej->nhei", q, k, v).reshape(3, 64, 3, 3)
+    torch.testing.assert_close(layer(x), x + layer.out(out), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [1, 31, 35, 71, 98, 100, 127])
+def test_attention_has_heads_that_divide_it(dim):
+    x, _ = inputs(dim, 2)
+    assert modules.Attention(dim)(x).shape == modules.LinearAttention(dim)(x).shape == x.shape
+
+
+def test_resnet_block_is_its_formula():
+    block = randomise(modules.ResnetBlock(8, 16, 12), scale=0.3)
+    x, emb = inputs(8, 4)[0], torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+    scale, shift = F.linear(emb, block.film.weight, block.film.bias)[..., None, None].split(16, 1)
+    h = block.conv1(F.silu(F.group_norm(x, 8, block.norm1.weight, block.norm1.bias)))
+    h = block.conv2(F.silu(F.group_norm(h, 8) * (1 + scale) + shift))
+    torch.testing.assert_close(block(x, emb), h + block.skip(x), rtol=1e-4, atol=1e-5)
+
+
+# --- EMA ---------------------------------------------------------------------------------------------------------------
+
+
+class Weights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.b = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+
+@pytest.mark.parametrize("beta, start", [(0.995, 2000), (0.999, 0)])
+def test_ema_is_the_geometric_average(beta, start):
+    """10,000 steps of a random walk, against the closed form: beta^m w_start-1 + (1 - beta) sum_k beta^(n-k) w_k."""
+    steps = 10_000
+    walk = torch.randn(steps, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0)
+    model, ema = Weights(), EMA(beta, start)
+    average = EMA.copy_of(model)
+    first = torch.zeros(3, dtype=torch.float64)  # what the average starts from
+    for k in range(steps):
+        with torch.no_grad():
+            model.a.copy_(walk[k])
+            model.b.fill_(walk[k, 0])
+            model.seen += 1
+        ema.step_ema(average, model)
+        if k + 1 == start:
+            assert torch.equal(average.a, model.a)  # until then, a plain copy
+            first = walk[k]
+    m = steps - start
+    powers = beta ** torch.arange(m - 1, -1, -1, dtype=torch.float64)
+    expected = beta**m * first + (1 - beta) * (powers[:, None] * walk[start:]).sum(0)
+    torch.testing.assert_close(average.a.data, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(average.b.data, expected[0].expand(2, 2), rtol=1e-9, atol=1e-9)
+    assert average.seen == steps and ema.step == steps  # buffers are copied
+    assert not any(p.requires_grad for p in average.parameters()) and model.a.requires_grad
+
+
+def test_ema_defaults_are_the_courses():
+    assert (EMA().beta, EMA().start) == (0.995, 2000)
+    assert EMA(0.9).beta == 0.9
+    for beta in (-0.1, 1, 1.5):
+        with pytest.raises(ValueError, match="beta"):
+            EMA(beta)
+
+
+# --- all of it together ------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_model_draws_the_class_it_is_asked_for(tiny_data, tmp_path):
+    """The real training loop, for seconds, on images whose left or right half is bright."""
+    config = tiny_config(steps=200, batch_size=32, lr=5e-3, ema_betas=[0.95], ema_start=20, p_uncond=0.15)
+    config["diffusion"]["timesteps"] = 50
+    config["model"] |= {"width": 32, "mults": [1]}
+    model, diffusion, _ = load_checkpoint(train(config, tiny_data, tmp_path))
+    labels = torch.arange(60) % 2
+    right = {}
+    for scale in (0, 2.0):
+        x = diffusion.sample(model, 60, (1, 8, 8), labels=labels, cfg_scale=scale, sampler="ddim", steps=20)
+        brighter_right = x[..., 4:].mean((1, 2, 3)) > x[..., :4].mean((1, 2, 3))
+        right[scale] = (brighter_right == (labels == 1)).float().mean().item()
+    assert right[0] > 0.8 and right[2.0] > 0.95, right
