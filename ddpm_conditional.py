@@ -14,7 +14,7 @@ from pathlib import Path
 import cli
 import evaluate
 import training
-from utils import command_line, natural, number, pick_device, positive, progress, say, to_uint8
+from utils import UserError, command_line, natural, number, pick_device, positive, progress, say, to_uint8
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)
 
@@ -26,12 +26,17 @@ def run_sweep(args):
                 "n": args.n, "seed": args.seed}  # fmt: skip
     rows = []
     if args.out.exists():
-        previous = json.loads(args.out.read_text())
-        if all(previous.get(name) == value for name, value in settings.items()):
-            rows = previous["rows"]
+        try:
+            previous = json.loads(args.out.read_text())
+            if all(previous[name] == value for name, value in settings.items()):
+                rows = previous["rows"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{args.out} is not a result of this command: use another --out") from error
     device = pick_device(args.device)
     for weights in args.weights:
         model, diffusion, config = training.load_checkpoint(args.checkpoint, weights, device)
+        if model.num_classes is None:
+            raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
         shape = (model.channels, *[config["data"]["image_size"]] * 2)
         labels = cli.parse_labels("all", args.n, model.num_classes)
         for scale in args.scales:

@@ -265,8 +265,8 @@ def unreadable_images(root: Path) -> list[Path]:
     unreadable = []
     for folder in splits_of(root):
         files = utils.list_images(folder)[0]
-        decoded = utils.decode_images(files, 8, f"checking {folder.name}")
-        bad = [file for file, image in zip(files, decoded) if image is None]
+        with utils.decode_images(files, 8, f"checking {folder.name}") as decoded:
+            bad = [file for file, image in zip(files, decoded) if image is None]
         utils.say_left_out(folder, bad, len(files))
         unreadable += bad
     return unreadable
@@ -532,8 +532,8 @@ def unpack(source: Path, folder: Path) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{source} has two members called {Path(error.filename).name}") from error
     except DAMAGED as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the archive's
-            raise
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # the disk's fault, not the archive's
         raise UserError(f"{source} is damaged or ends early ({error})") from error
 
 

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image

@@ -180,6 +180,8 @@ class PatchUNet(nn.Module):
         super().__init__()
         if block not in BLOCKS:
             raise ValueError(f"unknown block {block!r}: choose from {', '.join(BLOCKS)}")
+        if min(channels, width, depth, patch, *mults) < 1:
+            raise ValueError("channels, width, mults, depth and patch must be at least 1")
         self.channels, self.num_classes, self.patch, self.width = channels, num_classes, patch, width
         self.size_multiple = patch * 2 ** (len(mults) - 1)
         dims = [width * m for m in mults]

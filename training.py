@@ -11,7 +11,9 @@ A run folder holds:
     model.safetensors    the finished weights, with the configuration and the loss of every step inside
 """
 
+import atexit
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -81,6 +83,14 @@ def autocast(device, precision=None):
     return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "float32")
 
 
+def keep_freed_memory():
+    """Tell glibc to keep freed memory. Returned to the system, it is faulted in again, page by page, in every step."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that glibc takes
+
+
 # --- checkpoints: safetensors, with the configuration inside ---------------------------------------------------------
 
 
@@ -132,6 +142,7 @@ def read_checkpoint(path):
             config = json.loads((file.metadata() or {})["config"])
             for section in ("model", "diffusion", "data"):
                 config[section].items()
+            [f"{beta:g}" for beta in config["train"]["ema_betas"]]
             return {name: file.get_tensor(name).float() for name in file.keys()}, config
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not a checkpoint of this project, or it is damaged: {error}") from error
@@ -274,14 +285,13 @@ def process_group():
     if "WORLD_SIZE" not in os.environ:
         yield 0, 1
         return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield dist.get_rank(), dist.get_world_size()
-    finally:
-        dist.destroy_process_group()
+    if not dist.is_initialized():  # once for all runs of this process: PyTorch may hang in a second time
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
+    yield dist.get_rank(), dist.get_world_size()
 
 
 def any_process(flag, world, device):
@@ -445,6 +455,7 @@ class Run:
         if self.world > 1:
             model = torch.nn.parallel.DistributedDataParallel(model)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        keep_freed_memory()
         self.model.train()
         self.extend_losses()
         bar = progress(

@@ -17,7 +17,7 @@ import struct
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +167,7 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # which the devices that only stand in for others refuse
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"there is no device {name!r} here: try --device auto or --device cpu") from error
     return device
@@ -429,12 +429,13 @@ def decode_image(path: Path, side: int) -> np.ndarray | None:
         return None
 
 
-def decode_images(files: list[Path], side: int, description: str) -> Iterator[np.ndarray | None]:
+@contextlib.contextmanager
+def decode_images(files: list[Path], side: int, description: str) -> Iterator[Iterable[np.ndarray | None]]:
     """`decode_image` of every file, in order, in several threads (PIL decodes outside of Python's lock), with a bar."""
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         images = pool.map(lambda file: decode_image(file, side), files)
-        yield from progress(images, total=len(files), desc=description, unit="image")
+        yield progress(images, total=len(files), desc=description, unit="image")
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all the others
 
@@ -452,9 +453,10 @@ def _load_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarray
     cache = CACHE / f"{folder.parent.name}-{folder.name}-{side}-{key.hexdigest()[:16]}.bin"
 
     def decode_to(stream) -> None:
-        for i, image in enumerate(decode_images(files, side, f"decoding {folder.name}")):
-            if image is not None:
-                stream.write(np.int64(i).astype("<i8").tobytes() + image.tobytes())
+        with decode_images(files, side, f"decoding {folder.name}") as images:
+            for i, image in enumerate(images):
+                if image is not None:
+                    stream.write(np.int64(i).astype("<i8").tobytes() + image.tobytes())
 
     if not cache.exists():
         try:

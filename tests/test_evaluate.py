@@ -255,7 +255,7 @@ def test_bound_against_denoising_diffusion_pytorch(clip):
 def test_discretized_gaussian_is_a_distribution_and_keeps_digits_in_the_tails():
     levels = torch.arange(256).double() / 127.5 - 1
     for mean, sigma in ((0.0, 0.01), (-1.3, 0.5), (0.99, 0.1)):
-        mass = evaluate.log_discretized_gaussian(levels, torch.tensor(mean).double(), sigma).exp()
+        mass = evaluate.log_discretized_gaussian(levels, torch.tensor(mean, dtype=torch.float64), sigma).exp()
         assert mass.sum().item() == pytest.approx(1, abs=1e-12)
         below, above = (scipy.stats.norm.cdf(levels.numpy() + d, mean, sigma) for d in (-1 / 255, 1 / 255))
         np.testing.assert_allclose(mass[1:-1], (above - below)[1:-1], atol=1e-15)
@@ -305,8 +305,8 @@ def test_a_model_that_is_not_finite():
 
 def test_shift_and_flip():
     images = torch.randint(256, (200, 1, 6, 6), generator=generator(0), dtype=torch.uint8)
-    moved = evaluate.shift_and_flip(images, 1, generator(1))
-    assert torch.equal(moved, evaluate.shift_and_flip(images, 1, generator(1)))
+    moved = evaluate.shift_and_flip(images, 1, True, generator(1))
+    assert torch.equal(moved, evaluate.shift_and_flip(images, 1, True, generator(1)))
     padded = nn.functional.pad(to_model(images), (1, 1, 1, 1), mode="reflect")
     seen = set()
     for i in range(len(images)):
@@ -317,6 +317,13 @@ def test_shift_and_flip():
                     if torch.equal(moved[i], window.flip(2) if flip else window):
                         seen.add((flip, top, left))
     assert len(seen) == 18
+    assert torch.equal(evaluate.shift_and_flip(images, 0, False, generator(1)), to_model(images))
+
+
+def test_one_cycle_rises_to_one_and_ends_at_zero():
+    shares = [evaluate.one_cycle(i / 1000) for i in range(1001)]
+    assert shares[0] == pytest.approx(0.04) and shares[200] == 1 and shares[1000] == pytest.approx(0)
+    assert shares[:200] == sorted(shares[:200]) and shares[200:] == sorted(shares[200:], reverse=True)
 
 
 @pytest.fixture
@@ -324,9 +331,9 @@ def toy(tmp_path, monkeypatch):
     """A project folder whose data set `toy` is easy: class 1 is bright on the left, class 0 on the right."""
     monkeypatch.setattr(evaluate, "ROOT", tmp_path)
     monkeypatch.setattr(evaluate, "CHECKPOINTS", tmp_path / "checkpoints")
-    recipe = evaluate.DEFAULT_RECIPE | {"widths": [4, 8], "depths": [1], "epochs": 2, "batch_size": 50}
-    monkeypatch.setitem(evaluate.RECIPES, "toy", recipe | {"shift": 1})
-    monkeypatch.setattr(evaluate, "shift_and_flip", lambda images, shift, g: to_model(images))
+    cycle = {"epochs": 2, "learning_rate": 0.2, "weight_decay": 5e-4, "shift": 1, "flip": False}
+    recipe = {"widths": [4, 8], "depths": [1], "batch_size": 50, "cycles": [cycle]}
+    monkeypatch.setitem(evaluate.RECIPES, "toy", evaluate.DEFAULT_RECIPE | recipe)
 
     def load(name, split="train", image_size=None):
         if name != "toy":
@@ -478,10 +485,8 @@ def test_bad_samples(tmp_path, refused, make, options, message):
 
 
 @pytest.mark.parametrize("argv", [["likelihood"], ["sanity", "--n", "0"], ["x.npz"], ["x.npz", "--data=d", "--k", "0"]])
-def test_bad_flags(argv, capsys):
-    with pytest.raises(SystemExit) as end:
-        run(*argv)
-    assert end.value.code == 2
+def test_bad_flags(argv, refused):
+    assert "--help" in refused(evaluate.main, *argv)
 
 
 def test_bad_checkpoint_and_counts(tmp_path):
@@ -508,7 +513,7 @@ def test_a_checkpoint_from_the_command_line(tmp_path, capsys):
     from training import save_checkpoint
 
     config = {"model": {"name": "PatchUNet", "channels": 1, "width": 8}, "diffusion": {"timesteps": 20},
-              "data": {"name": "fashion_mnist", "image_size": 28}}  # fmt: skip
+              "data": {"name": "fashion_mnist", "image_size": 28}, "train": {"ema_betas": []}}  # fmt: skip
     model = PatchUNet(channels=1, width=8)  # its last layer starts at zero: it predicts that there is no noise
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, {"raw": model.state_dict()}, config)

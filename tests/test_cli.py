@@ -1,0 +1,486 @@
+"""The three scripts from their command lines: what they write, what they say, and how they refuse bad input."""
+
+import hashlib
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_idx
+from PIL import Image
+
+import cli
+import ddpm
+import ddpm_conditional
+import ddpm_unconditional
+import training
+from modules import UNet_conditional
+from utils import UserError, load_samples
+
+SCRIPTS = {"ddpm.py": ddpm, "ddpm_unconditional.py": ddpm_unconditional, "ddpm_conditional.py": ddpm_conditional}
+TINY = ["--image-size", 8, "--width", 8, "--batch-size", 16, "--timesteps", 20, "--schedule", "cosine", "--device", "cpu",
+        "--epochs", 1, "--sample-every", 0, "--precision", "float32", "--ema-beta", 0.5, 0.9, "--ema-start", 1]  # fmt: skip
+
+
+def run(main, *argv):
+    main([str(a) for a in argv])
+
+
+@pytest.fixture(scope="session")
+def runs(idx_folder, tmp_path_factory):
+    """Finished runs of four steps: unconditional and conditional."""
+    folder = tmp_path_factory.mktemp("runs")
+    run(ddpm.main, "train", "--data", idx_folder, *TINY, "--out", folder / "plain")
+    run(ddpm_conditional.main, "train", "--data", idx_folder, *TINY, "--out", folder / "classes")
+    return folder
+
+
+@pytest.fixture
+def plain(runs):
+    return runs / "plain/model.safetensors"
+
+
+@pytest.fixture
+def classes(runs):
+    return runs / "classes/model.safetensors"
+
+
+def everything(folder):
+    """Every file below a folder with its contents, except for locks, which are always empty."""
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+# --- train -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_train(script, idx_folder, tmp_path, capsys):
+    main = SCRIPTS[script].main
+    run(main, "train", "--data", idx_folder, *TINY, "--out", tmp_path / "run")
+    assert f"wrote {tmp_path / 'run/model.safetensors'}" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["train"]["steps"] == 4 and config["train"]["batch_size"] == 16
+    assert config["diffusion"] == {"timesteps": 20, "schedule": "cosine", "objective": "simple"}
+    assert config["model"].get("num_classes") == (10 if script == "ddpm_conditional.py" else None)
+    assert (config["data"]["image_size"], config["data"]["images"], config["data"]["flip"]) == (8, 64, False)
+    before = everything(tmp_path)
+    run(
+        main, "train", "--data", idx_folder, *TINY, "--out", tmp_path / "run", "--resume"
+    )  # there is nothing left to do
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("flags, section, expected", [
+    (["--objective", "vlb"], "diffusion", {"objective": "vlb"}),
+    (["--loss", "huber", "--optimizer", "adamw", "--lr", "2e-4", "--seed", 7], "train", {"loss": "huber", "optimizer": "adamw",
+                                                                                         "lr": 2e-4, "seed": 7}),
+    (["--flip", "--epochs", "0.25"], "data", {"flip": True}),
+    (["--mults", 1, 2, 2, "--depth", 2, "--block", "convnext", "--no-attention"], "model",
+     {"mults": [1, 2, 2], "depth": 2, "block": "convnext", "attention": False}),
+    (["--model", "course"], "model", {"name": "UNet_conditional", "num_classes": 10}),
+    (["--p-uncond", 0.3, "--label-dropout", "batch"], "train", {"p_uncond": 0.3, "label_dropout": "batch"}),
+    (["--accumulate", 2], "train", {"batch_size": 16}),
+    (["--epochs", "0.001"], "train", {"steps": 1}),
+])  # fmt: skip
+def test_train_flags(flags, section, expected, idx_folder, tmp_path):
+    run(ddpm_conditional.main, "train", "--data", idx_folder, *TINY, *flags, "--out", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())[section]
+    assert {name: config[name] for name in expected} == expected
+    model, _, _ = training.load_checkpoint(tmp_path / "model.safetensors")
+    assert model.num_classes == 10
+
+
+def test_train_on_class_folders(tmp_path):
+    """Any ImageFolder layout: colour photographs, larger than the training images."""
+    rng = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (tmp_path / "photos/train" / name).mkdir(parents=True)
+        for i in range(6):
+            picture = Image.fromarray(rng.integers(0, 255, (20, 30, 3)).astype(np.uint8))
+            picture.save(tmp_path / f"photos/train/{name}/{i}.jpg")
+    flags = ["--data", tmp_path / "photos", *TINY, "--batch-size", 4]
+    run(ddpm_conditional.main, "train", *flags, "--out", tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["data"]["classes"] == ["cats", "dogs"] and config["data"]["flip"] is True
+    assert config["model"] | {"channels": 3, "num_classes": 2} == config["model"]
+
+
+# --- sample ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("suffix", ["png", "gif", "npz"])
+def test_sample(script, suffix, plain, classes, tmp_path, capsys):
+    checkpoint = classes if script == "ddpm_conditional.py" else plain
+    out = tmp_path / f"new/folder/x.{suffix}"
+    run(
+        SCRIPTS[script].main,
+        "sample",
+        "--checkpoint",
+        checkpoint,
+        "--n",
+        5,
+        "--steps",
+        4,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    )
+    assert f"wrote {out}" in capsys.readouterr().out
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+    if suffix == "npz":
+        images, labels = load_samples(out)
+        assert images.shape == (5, 8, 8, 1)
+        assert (labels is None) == (checkpoint == plain)
+    else:
+        with Image.open(out) as picture:
+            side, padding = (8, 2) if suffix == "png" else (16, 2)  # a GIF is enlarged
+            assert picture.size == (3 * (side + padding) + padding, 2 * (side + padding) + padding)
+            frames = getattr(picture, "n_frames", 1)
+        assert frames == 1 if suffix == "png" else frames > 4
+
+
+@pytest.fixture
+def sampled(tmp_path):
+    """sampled(main, *flags): the images and labels that `sample` writes."""
+
+    def sample(main, *flags):
+        out = tmp_path / f"{hashlib.sha256(repr(flags).encode()).hexdigest()[:8]}.npz"
+        run(main, "sample", "--steps", 5, "--device", "cpu", *flags, "--out", out)
+        return load_samples(out)
+
+    return sample
+
+
+@pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
+def test_image_i_whatever_the_number_and_the_batch(sampler, plain, sampled):
+    """Up to rounding: a convolution may add up in another order in a batch of another size."""
+    flags = ["--checkpoint", plain, "--sampler", sampler, "--eta", 0.5]
+    images, _ = sampled(ddpm.main, *flags, "--n", 7)
+    for other in (
+        ["--n", 3],
+        ["--n", 7, "--batch-size", 1],
+        ["--n", 7, "--batch-size", 4],
+        ["--n", 12, "--batch-size", 5],
+    ):
+        again, _ = sampled(ddpm.main, *flags, *other)
+        n = min(len(again), 7)
+        assert np.abs(again[:n].astype(int) - images[:n]).max() <= 1
+    assert len({image.tobytes() for image in images}) == 7
+    seed_1, _ = sampled(ddpm.main, *flags, "--n", 7, "--seed", 1)
+    assert (seed_1 != images).mean() > 0.1
+
+
+@pytest.mark.parametrize("text, n, expected", [
+    ("all", 10, list(range(10))), ("all", 20, [i // 2 for i in range(20)]), ("all", 3, [0, 1, 2]), ("3", 4, [3, 3, 3, 3]),
+    ("5,0", 4, [5, 5, 0, 0]), ("0,1,2", 7, [0, 0, 0, 1, 1, 2, 2]), ("none", 4, None), (" 1, 2", 2, [1, 2]),
+])  # fmt: skip
+def test_labels(text, n, expected, classes, sampled):
+    images, labels = sampled(ddpm_conditional.main, "--checkpoint", classes, "--n", n, "--labels", text)
+    assert len(images) == n
+    assert (labels is None and expected is None) or labels.tolist() == expected
+
+
+def test_every_label_gets_its_share():
+    for n in range(1, 60):
+        counts = cli.parse_labels("all", n, 7).bincount(minlength=7)
+        assert counts.sum() == n and counts.max() - counts.min() <= 1
+
+
+def test_guidance_and_weights_matter(classes, sampled):
+    flags = ["--checkpoint", classes, "--n", 10, "--no-clip"]
+    plain, _ = sampled(ddpm_conditional.main, *flags)
+    assert np.array_equal(sampled(ddpm_conditional.main, *flags, "--cfg-scale", 1)[0], plain)
+    assert np.array_equal(sampled(ddpm_conditional.main, *flags, "--ema")[0], plain)
+    for other in (["--cfg-scale", 50], ["--no-ema"]):
+        assert not np.array_equal(sampled(ddpm_conditional.main, *flags, *other)[0], plain), other
+
+
+def test_sample_is_what_python_makes(classes, sampled):
+    images, labels = sampled(
+        ddpm_conditional.main, "--checkpoint", classes, "--n", 4, "--labels", "2,7", "--cfg-scale", 3
+    )
+    model, diffusion, _ = training.load_checkpoint(classes)
+    x = diffusion.sample(model, 4, (1, 8, 8), labels=torch.from_numpy(labels), cfg_scale=3.0, sampler="ddim", steps=5)
+    expected = ((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images - expected).max() <= 1
+
+
+def test_course_checkpoint(tmp_path, sampled, refused):
+    path = tmp_path / "conditional_ema_ckpt.pt"
+    model = UNet_conditional(num_classes=10, width=4)
+    torch.save({f"module.{name}": w for name, w in model.state_dict().items()}, path)
+    images, labels = sampled(ddpm_conditional.main, "--checkpoint", path, "--n", 2, "--steps", 1, "--labels", "9")
+    assert images.shape == (2, 64, 64, 3) and labels.tolist() == [9, 9]
+    message = refused(ddpm_conditional.main, "sample", "--checkpoint", path, "--ema", "--out", tmp_path / "x.png")
+    assert "one set of weights" in message
+
+
+def test_a_long_gif_is_short(plain, tmp_path):
+    """However many steps, at most 60 pictures, and the sample held for a second."""
+    for sampler in ("ddpm", "ddim"):
+        out = tmp_path / f"{sampler}.gif"
+        run(ddpm.main, "sample", "--checkpoint", plain, "--n", 1, "--steps", 20, "--sampler", sampler, "--out", out)
+        with Image.open(out) as gif:
+            shown = 0
+            for frame in range(gif.n_frames):
+                gif.seek(frame)
+                shown += gif.info["duration"]
+        assert shown == 50 * (21 + 20)
+    frames = [torch.full((1, 1, 2, 2), i % 256, dtype=torch.uint8) for i in range(1001)]
+    cli.save_denoising_gif(frames, tmp_path / "long.gif", 1)
+    with Image.open(tmp_path / "long.gif") as gif:
+        assert 40 <= gif.n_frames <= 61
+
+
+def test_gif_without_frames(tmp_path):
+    with pytest.raises(UserError, match="at least one frame"):
+        cli.save_denoising_gif([], tmp_path / "x.gif", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- publish -----------------------------------------------------------------------------------------------------------
+
+
+def test_publish(runs, tmp_path, capsys):
+    out = tmp_path / "published.safetensors"
+    run(ddpm.main, "publish", "--run", runs / "classes", "--weights", "raw", "ema_0.5", "ema_0.9", "--out", out)
+    assert f"wrote {out}" in capsys.readouterr().out
+    tensors, config = training.read_checkpoint(out)
+    whole, config_of_run = training.read_checkpoint(runs / "classes/model.safetensors")
+    assert config == config_of_run and tensors.keys() == whole.keys()
+    for name in whole:
+        torch.testing.assert_close(tensors[name], whole[name], rtol=1e-3, atol=1e-4)
+    assert out.stat().st_size < 0.7 * (runs / "classes/model.safetensors").stat().st_size
+    run(ddpm.main, "publish", "--run", runs / "classes", "--out", out)
+    tensors, _ = training.read_checkpoint(out)
+    assert {name.split("/")[0] for name in tensors} == {"ema", "losses"}
+    torch.testing.assert_close(tensors["ema/stem.weight"], whole["ema_0.5/stem.weight"], rtol=1e-3, atol=1e-4)
+
+
+# --- help --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [
+    *[(s, c) for s in SCRIPTS for c in ("train", "sample", "publish")], ("ddpm_unconditional.py", "grid"),
+    ("ddpm_conditional.py", "sweep"), ("ddpm.py",),
+])  # fmt: skip
+def test_help(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(SCRIPTS[argv[0]].main, *argv[1:], "--help")
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and out.startswith("usage:")
+    if argv[1:] and argv[1] != "publish":
+        assert "(default: 0)" in out  # of --seed
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--schedule", "steep"], "invalid choice: 'steep'"),
+    (["--loss", "l3"], "invalid choice"),
+    (["--objective", "elbo"], "invalid choice"),
+    (["--optimizer", "lion"], "invalid choice"),
+    (["--timesteps", 0], "at least 1"),
+    (["--timesteps", -5], "at least 1"),
+    (["--timesteps", 2.5], "invalid int value"),
+    (["--timesteps", 1_000_000], "timesteps must be between"),
+    (["--timesteps", 90_000, "--schedule", "linear"], "too many for the linear schedule"),
+    (["--epochs", 0], "--epochs"),
+    (["--epochs", "nan"], "--epochs"),
+    (["--epochs", "inf"], "--epochs"),
+    (["--epochs", "1e8"], "steps: that is a mistake"),
+    (["--minutes", 0], "--minutes"),
+    (["--minutes", 1, "--epochs", 1], "not allowed with"),
+    (["--batch-size", 0], "--batch-size"),
+    (["--batch-size", "many"], "--batch-size"),
+    (["--lr", 0], "--lr"),
+    (["--lr", "inf"], "--lr"),
+    (["--seed", -1], "--seed"),
+    (["--width", 0], "--width"),
+    (["--mults", 1, 0], "--mults"),
+    (["--model", "course", "--width", 6], "multiple of 4"),
+    (["--ema-beta", 1], "--ema-beta"),
+    (["--image-size", 10], "--image-size that 4 divides"),
+    (["--image-size", 0], "--image-size"),
+    (["--accumulate", 3], "must be a multiple"),
+    (["--objective", "vlb", "--loss", "l1"], "--loss l2 only"),
+    (["--device", "toaster"], "no device 'toaster'"),
+    (["--device", "meta"], "no device 'meta'"),
+    (["--colour", "red"], "unrecognized arguments"),
+])  # fmt: skip
+def test_bad_train_flags(flags, message, idx_folder, tmp_path, refused):
+    if "--minutes" not in flags:
+        flags = [*TINY, *flags]
+    assert message in refused(ddpm.main, "train", "--data", idx_folder, *flags, "--out", tmp_path / "run")
+    assert everything(tmp_path) == {}
+
+
+def broken_data(kind, folder):
+    """A folder of data that no one can train on."""
+    images, labels = folder / "train-images-idx3-ubyte", folder / "train-labels-idx1-ubyte"
+    write_idx(images, np.zeros((4, 28, 28)))
+    write_idx(labels, np.zeros(4))
+    if kind == "no labels":
+        labels.unlink()
+    elif kind == "truncated":
+        images.write_bytes(images.read_bytes()[:-100])
+    elif kind == "wrong shape":
+        write_idx(images, np.zeros((4, 27, 28)))
+    elif kind == "other counts":
+        write_idx(labels, np.zeros(3))
+    elif kind == "no header":
+        images.write_bytes(b"\0\0")
+    elif kind == "label 99":
+        write_idx(labels, [0, 1, 2, 99])
+    elif kind == "damaged gzip":
+        images.unlink()
+        (folder / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b\x08" + bytes(50))
+    else:
+        images.unlink(), labels.unlink()
+    if kind == "no images":
+        (folder / "notes.txt").write_text("nothing to see")
+    elif kind == "empty class":
+        (folder / "cats").mkdir()
+    elif kind == "truncated parquet":
+        (folder / "train.parquet").write_bytes(b"PAR1 and no more")
+
+
+@pytest.mark.parametrize("kind", [
+    "no labels", "truncated", "wrong shape", "other counts", "no header", "label 99", "damaged gzip", "nothing", "no images",
+    "empty class", "truncated parquet",
+])  # fmt: skip
+def test_bad_data(kind, tmp_path, refused):
+    (tmp_path / "data").mkdir()
+    broken_data(kind, tmp_path / "data")
+    before = everything(tmp_path)
+    message = refused(ddpm_unconditional.main, "train", "--data", tmp_path / "data", *TINY, "--out", tmp_path / "run")
+    assert str(tmp_path / "data") in message  # it says where
+    assert everything(tmp_path) == before
+
+
+def test_data_that_is_not_there(tmp_path, refused):
+    message = refused(ddpm.main, "train", "--data", tmp_path / "nowhere", *TINY, "--out", tmp_path / "run")
+    assert "neither a folder nor one of fashion_mnist, cifar10, cifar10-64, landscapes" in message
+
+
+def test_conditional_training_needs_classes(tmp_path, refused):
+    for i in range(8):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    message = refused(ddpm_conditional.main, "train", "--data", tmp_path, *TINY, "--out", tmp_path / "run")
+    assert "no labels, which a conditional model needs" in message
+
+
+def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused):
+    flags = ["train", "--data", idx_folder, *TINY]
+    assert "holds a run already" in refused(ddpm.main, *flags, "--out", runs / "plain")
+    assert "started with lr = 0.001, not 0.5" in refused(
+        ddpm.main, *flags, "--lr", 0.5, "--resume", "--out", runs / "plain"
+    )
+    assert "started with num_classes = 10" in refused(ddpm.main, *flags, "--resume", "--out", runs / "classes")
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file/run"):
+        assert str(tmp_path / "file") in refused(ddpm.main, *flags, "--out", out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--checkpoint", "nowhere.safetensors"], "no checkpoint at nowhere.safetensors"),
+    (["--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+    (["--n", 0], "--n"),
+    (["--steps", 21], "--steps 21 is more than the model's 20 timesteps"),
+    (["--steps", 0], "--steps"),
+    (["--sampler", "euler"], "invalid choice"),
+    (["--eta", 1.5], "--eta"),
+    (["--cfg-scale", -1], "--cfg-scale"),
+    (["--cfg-scale", "nan"], "--cfg-scale"),
+    (["--labels", "10"], "label 10 is out of range: this checkpoint has the classes 0 to 9"),
+    (["--labels", "0,-1"], "label -1 is out of range"),
+    (["--labels", "cats"], "not 'cats'"),
+    (["--labels", ""], "not ''"),
+    (["--labels", "0,,1"], "--labels"),
+    (["--out", "x.jpg"], ".png, .gif or .npz"),
+    (["--out", "x"], ".png, .gif or .npz"),
+    (["--batch-size", 0], "--batch-size"),
+    (["--device", "cuda:77"], "no device"),
+])  # fmt: skip
+def test_bad_sample_flags(flags, message, classes, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--checkpoint", classes, "--out", tmp_path / "x.png", *flags]
+    assert message in refused(ddpm_conditional.main, "sample", *flags)
+    assert everything(tmp_path) == {}
+
+
+def test_labels_of_a_checkpoint_without_classes(plain, tmp_path, refused):
+    flags = ["sample", "--checkpoint", plain, "--out", tmp_path / "x.png", "--labels", "0"]
+    assert "no classes" in refused(ddpm_conditional.main, *flags)
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "npz"])
+def test_outputs_that_cannot_be_written(suffix, plain, tmp_path, refused):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / f"folder.{suffix}").mkdir()
+    for out in (tmp_path / f"file/x.{suffix}", tmp_path / f"folder.{suffix}", Path(f"/proc/x.{suffix}")):
+        message = refused(ddpm.main, "sample", "--checkpoint", plain, "--n", 1, "--steps", 1, "--out", out)
+        assert f"cannot write {out}" in message
+    assert {p.name for p in tmp_path.iterdir()} == {"file", f"folder.{suffix}"} and (
+        tmp_path / "file"
+    ).read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "other architecture", "other classes", "text"])
+def test_bad_checkpoints(damage, classes, tmp_path, refused):
+    path, data = tmp_path / "model.safetensors", bytearray(classes.read_bytes())
+    expected = "is not a checkpoint of this project, or it is damaged"
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        data[9] ^= 255
+        path.write_bytes(data)
+    elif damage == "text":
+        path.write_text("model")
+    else:
+        tensors, config = training.read_checkpoint(classes)
+        name, value = {"other architecture": ("width", 16), "other classes": ("num_classes", 3)}[damage]
+        config["model"][name] = value
+        training.save_checkpoint(path, {"raw": training.select_weights(tensors, "raw", config)}, config)
+        expected = (
+            "does not fit the network: " + {"width": "time_mlp.0.weight", "num_classes": "label_emb.weight"}[name]
+        )
+    assert expected in refused(ddpm_conditional.main, "sample", "--checkpoint", path, "--out", tmp_path / "x.npz")
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_bad_publish(runs, tmp_path, refused):
+    out = tmp_path / "x.safetensors"
+    assert "no finished run" in refused(ddpm.main, "publish", "--run", tmp_path, "--out", out)
+    flags = ["publish", "--run", runs / "plain", "--out", out]
+    assert "has no ema_0.7 weights, only ema_0.5, ema_0.9, raw" in refused(ddpm.main, *flags, "--weights", "ema_0.7")
+    assert everything(tmp_path) == {}
+
+
+def test_bad_grid_and_sweep(plain, classes, tmp_path, refused):
+    flags = ["grid", "--out", tmp_path / "grid", "--only", "cosine_l4"]
+    assert "no experiment is called 'cosine_l4'" in refused(ddpm_unconditional.main, *flags)
+    flags = ["sweep", "--checkpoint", plain, "--out", tmp_path / "x.json"]
+    assert "no classes" in refused(ddpm_conditional.main, *flags)
+    assert "nowhere" in refused(ddpm_conditional.main, *flags, "--checkpoint", tmp_path / "nowhere.safetensors")
+    (tmp_path / "x.json").write_text("{not json")
+    assert "x.json" in refused(ddpm_conditional.main, *flags, "--checkpoint", classes)
+    assert (tmp_path / "x.json").read_text() == "{not json"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_as_a_script(script, monkeypatch, capsys):
+    """What `python SCRIPT ...` does: no command, and an error that the script itself turns into a line."""
+    for argv in ([], ["sample", "--checkpoint", "nowhere.safetensors", "--out", "/tmp/never-written.png"]):
+        monkeypatch.setattr(sys, "argv", [script, *argv])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        err = capsys.readouterr().err
+        assert exit.value.code == 2 and len(err.splitlines()) == 1 and err.startswith(f"{script}: error: ")

@@ -1,0 +1,130 @@
+"""The PDF builds at every stage, says only what its files say, and is the same bytes every time."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typst
+
+import figures
+from report import build
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = (ROOT / "report/report.typ").read_text()
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Figures, results and checkpoints in an empty place of their own."""
+    for name in ("FIGURES", "RESULTS", "CHECKPOINTS"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(build, name, tmp_path / name)
+        monkeypatch.setattr(figures, name, tmp_path / name)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_builds_from_what_is_there(tmp_path):
+    first, second = (build.build_pdf("Perez", tmp_path / name).read_bytes() for name in ("a.pdf", "b.pdf"))
+    assert first.startswith(b"%PDF") and first == second
+
+
+def test_at_most_15_pages():
+    inputs = {"lastname": "Perez", "available": json.dumps(build.available())}
+    pages = typst.query(ROOT / "report/report.typ", "<pages>", field="value", one=True, root=ROOT / "report",
+                        ignore_system_fonts=True, sys_inputs=inputs)  # fmt: skip
+    assert json.loads(pages) <= 15
+
+
+def test_builds_before_anything_is_trained(folders, tmp_path):
+    assert build.available() == {"figures": {}, "results": []}
+    assert build.build_pdf("Perez", tmp_path / "empty.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_every_question_is_answered_in_order():
+    points = [float(p) for p in re.findall(r'^#question\("([0-9.]+)"\)', REPORT, re.MULTILINE)]
+    assert points == [0.3125, 0.3125, 0.3125, 0.3125, 1.25, 0.25, 0.5, 0.5, 1.0]
+
+
+def test_every_picture_is_drawn_by_a_notebook():
+    sources = "".join("".join(cell["source"]) for path in (ROOT / "notebooks").glob("*.ipynb")
+                      for cell in json.loads(path.read_text())["cells"])  # fmt: skip
+    saved = set(re.findall(r'figures\.save\(.*?f?"([a-z_0-9]+)[{"]', sources, re.DOTALL))
+    used = set(re.findall(r'picture\("([a-z_0-9]+)"', REPORT))
+    assert used and used <= saved, used - saved
+
+
+def test_stale_figure_is_refused(folders):
+    weights = folders / "CHECKPOINTS" / "a.safetensors"
+    weights.write_bytes(b"old")
+    figures.save_pixels(np.zeros((4, 4, 3), np.uint8), "dots", [weights])
+    assert build.available()["figures"] == {"dots": "dots.png"}
+    weights.write_bytes(b"new")
+    with pytest.raises(UserError, match="dots.png was drawn from another CHECKPOINTS/a.safetensors"):
+        build.available()
+
+
+@pytest.mark.parametrize("result", [
+    {"checkpoint": "a.safetensors", "sha256": "0" * 64},
+    {"rows": [{"data": "x", "features": {"name": "x", "sha256": "0" * 64}}]},
+    {"data": "x", "deep": {"reference": {"sha256": "0" * 64}}},
+    {"runs": [{"name": "b", "sha256": "0" * 64, "config": {}}]},
+])  # fmt: skip
+def test_stale_result_is_refused(folders, result):
+    for name in ("a", "features_x", "reference_x", "grid_b"):
+        (folders / "CHECKPOINTS" / f"{name}.safetensors").write_bytes(b"weights")
+    path = folders / "RESULTS" / "numbers.json"
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError, match="numbers.json was made from a"):
+        build.available()
+    right = figures.sha256(folders / "CHECKPOINTS" / "a.safetensors")
+    path.write_text(json.dumps(result).replace("0" * 64, right))
+    assert build.available()["results"] == ["numbers"]
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "-rf"])
+def test_bad_last_name(name, refused):
+    assert "LASTNAME" in refused(build.main, "pdf", f"--lastname={name}")
+
+
+@pytest.mark.parametrize("name", ["Perez", "de la Cruz", "O'Neil", "Müller-Lüdenscheidt"])
+def test_good_last_name(name, tmp_path):
+    assert build.build_pdf(name, tmp_path / "out.pdf").exists()
+
+
+# --- figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_plots_are_reproducible(folders):
+    for name in ("a", "b"):
+        figures.use_style()
+        fig, axes = figures.subplots()
+        axes.plot([0, 1], [1, 0], label="line", **figures.SCHEDULE_STYLE["linear"])
+        axes.legend()
+        figures.save(fig, name)
+    a, b = ((folders / "FIGURES" / f"{name}.svg").read_bytes() for name in ("a", "b"))
+    assert a == b and b"<dc:date>" not in a
+
+
+def test_styles_differ_without_colour():
+    for styles in (figures.SCHEDULE_STYLE, figures.LOSS_STYLE, figures.OBJECTIVE_STYLE, figures.WEIGHTS_STYLE):
+        for key in ("color", "linestyle"):
+            assert len({style[key] for style in styles.values()}) == len(styles)
+
+
+def test_pixels_are_squares():
+    image = torch.tensor([[[[0, 255], [255, 0]]]], dtype=torch.uint8)
+    picture = figures.pixels(image, columns=1, scale=3, padding=0)
+    assert picture.shape == (6, 6, 3)
+    assert (picture[:3, :3] == 0).all() and (picture[:3, 3:] == 255).all()
+
+
+def test_results_have_six_digits(folders):
+    figures.save_result("x", {"a": 1 / 3, "b": [2e-9 / 3, 7], "c": None})
+    assert figures.read_result("x") == {"a": 0.333333, "b": [6.66667e-10, 7], "c": None}
+    assert figures.read_result("missing") is None

@@ -1,0 +1,688 @@
+"""The loop and its files: same seed same bits, exact resume, several processes, and every way a run or a file can break."""
+
+import copy
+import errno
+import hashlib
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, tiny_config, write_idx
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import training
+import utils
+from ddpm import Diffusion
+from training import Held, Run, load_checkpoint, load_state, locked, save_checkpoint, save_state, train
+from utils import UserError
+
+
+def contents(folder):
+    """The finished model's file, and everything in the last state: equal contents are equal runs."""
+    state, path = load_state(folder)
+    assert path.stat().st_size > 0
+    return (folder / "model.safetensors").read_bytes(), state
+
+
+def assert_same(one, other, where=""):
+    """Equal, bit for bit, in whatever containers."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one.nan_to_num(7), other.nan_to_num(7)), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name in one:
+            assert_same(one[name], other[name], f"{where}/{name}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}/{i}")
+    else:
+        assert one == other, where
+
+
+def no_leftovers(folder):
+    """No temporary file of an interrupted write."""
+    return [p.name for p in Path(folder).rglob(".*") if p.name != ".lock"] == []
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data, tmp_path_factory):
+    """A run of 12 steps that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(tiny_config(), tiny_data, folder)
+    return folder
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(step, signal): the signal reaches this very process while it makes the batch of that step."""
+
+    def arrange(step, number=signal.SIGTERM):
+        draw_batch = training.draw_batch
+
+        def draw_and_signal(data, config, k, timesteps):
+            if k == step:
+                os.kill(os.getpid(), number)
+            return draw_batch(data, config, k, timesteps)
+
+        monkeypatch.setattr(training, "draw_batch", draw_and_signal)
+
+    return arrange
+
+
+# --- same seed, same bits ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_files(finished):
+    tensors = load_file(finished / "model.safetensors")
+    assert {name.split("/")[0] for name in tensors} == {"raw", "ema_0.5", "ema_0.9", "losses"}
+    assert tensors["losses"].shape == (12,) and tensors["losses"].isfinite().all()
+    assert json.loads((finished / "config.json").read_text())["train"]["steps"] == 12
+    assert 1 <= len(list(finished.glob("state_*.pt"))) <= 2 and no_leftovers(finished)
+
+
+def test_one_seed_one_run(finished, tiny_data, tmp_path):
+    train(tiny_config(), tiny_data, tmp_path / "same")
+    assert_same(contents(tmp_path / "same"), contents(finished))
+    train(tiny_config(seed=1), tiny_data, tmp_path / "other")
+    assert contents(tmp_path / "other")[0] != contents(finished)[0]
+
+
+def test_the_global_generator_does_not_matter(finished, tiny_data, tmp_path):
+    torch.manual_seed(99)
+    torch.rand(7)
+    train(tiny_config(), tiny_data, tmp_path)
+    assert_same(contents(tmp_path), contents(finished))
+
+
+def test_sample_grids_do_not_change_the_run(finished, tiny_data, tmp_path):
+    train(tiny_config(), tiny_data, tmp_path, sample_every=5)
+    assert sorted(p.name for p in tmp_path.glob("samples_*")) == ["samples_00000005.png", "samples_00000010.png"]
+    assert_same(contents(tmp_path), contents(finished))
+
+
+def test_training_learns(tiny_data, tmp_path):
+    train(tiny_config(steps=80, batch_size=16, lr=5e-3), tiny_data, tmp_path)
+    losses = load_file(tmp_path / "model.safetensors")["losses"]
+    assert losses[:5].mean() > 0.3 and losses[-10:].mean() < 0.6 * losses[:5].mean()
+
+
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+def test_plain_loop_is_the_same_run(tiny_data, tmp_path, optimizer):
+    """The loop against one written out here: per-tensor averages, an unfused optimizer, contiguous tensors."""
+    lr = 0.05 if optimizer == "sgd" else 1e-3
+    config = tiny_config(optimizer=optimizer, loss="l2", lr=lr)
+    train(copy.deepcopy(config), tiny_data, tmp_path)
+    torch.manual_seed(0)
+    model = training.build_model(config["model"])
+    average, losses = copy.deepcopy(model), []
+    step_of = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
+    optim = step_of(model.parameters(), lr=lr, foreach=False)
+    diffusion = Diffusion(20, "cosine")
+    for step in range(12):
+        x0, t, noise, labels = training.draw_batch(tiny_data, config, step, 20)
+        a = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
+        x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
+        loss = ((model(x_t, t, labels) - noise) ** 2).mean()
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        with torch.no_grad():
+            for p, q in zip(average.parameters(), model.parameters(), strict=True):
+                p.copy_(q if step < 2 else 0.9 * p + 0.1 * q)
+        losses.append(loss.item())
+    torch.testing.assert_close(
+        load_file(tmp_path / "model.safetensors")["losses"], torch.tensor(losses), rtol=1e-3, atol=0
+    )
+    if optimizer == "sgd":  # Adam makes whole steps of gradients that are only rounding errors
+        ours, _, _ = load_checkpoint(tmp_path / "model.safetensors", "ema_0.9")
+        for (name, p), q in zip(average.named_parameters(), ours.parameters(), strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# --- random draws ------------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_shows_every_image_once():
+    for batch_size in (7, 8, 100):
+        shown = torch.cat([training.draw_indices(3, step, batch_size, 40) for step in range(280 // batch_size + 1)])
+        epochs = shown[: len(shown) // 40 * 40].view(-1, 40)
+        assert (epochs.sort(1)[0] == torch.arange(40)).all()
+        assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(training.draw_indices(3, 0, 40, 40), training.draw_indices(4, 0, 40, 40))
+
+
+def test_draws_of_a_step(tiny_data):
+    config = tiny_config(batch_size=4000, p_uncond=0.2)
+    x0, t, noise, labels = training.draw_batch(tiny_data, config, 3, 20)
+    again = training.draw_batch(tiny_data, config, 3, 20)
+    assert all(torch.equal(a, b) for a, b in zip((x0, t, noise, labels), again, strict=True))
+    assert not torch.equal(training.draw_batch(tiny_data, config, 4, 20)[2], noise)
+    assert x0.min() >= -1 and x0.max() <= 1 and noise.std().sub(1).abs() < 0.01
+    assert t.bincount().shape == (20,) and t.bincount().min() > 120  # 200 expected, standard deviation 14
+    dropped = labels == -1
+    assert abs(dropped.float().mean() - 0.2) < 0.03
+    brighter_right = x0[..., 4:].mean((1, 2, 3)) > x0[..., :4].mean((1, 2, 3))
+    assert torch.equal(labels[~dropped] == 1, brighter_right[~dropped])  # a kept label is its image's own
+
+
+def test_label_dropout_of_whole_batches(tiny_data):
+    config = tiny_config(label_dropout="batch", p_uncond=0.3)
+    whole = [training.draw_batch(tiny_data, config, step, 20)[3] == -1 for step in range(300)]
+    assert all(dropped.all() or not dropped.any() for dropped in whole)
+    assert abs(sum(dropped[0].item() for dropped in whole) / 300 - 0.3) < 0.1
+    config = tiny_config(p_uncond=0.0)
+    assert (training.draw_batch(tiny_data, config, 0, 20)[3] >= 0).all()
+
+
+# --- exact resume ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step, number", [(0, signal.SIGTERM), (5, signal.SIGINT), (11, signal.SIGTERM)])
+def test_interrupted_and_resumed_is_the_same_run(finished, tiny_data, tmp_path, stop_after, monkeypatch, step, number):
+    stop_after(step, number)
+    with pytest.raises(KeyboardInterrupt, match=f"step {step + 1}.*--resume"):
+        train(tiny_config(), tiny_data, tmp_path)
+    monkeypatch.undo()
+    assert not (tmp_path / "model.safetensors").exists()
+    train(tiny_config(), tiny_data, tmp_path, resume=True)
+    assert_same(contents(tmp_path), contents(finished))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers are gone with the run
+
+
+def test_interrupted_again_and_again(finished, tiny_data, tmp_path, stop_after, monkeypatch):
+    for step in (1, 2, 6, 9):
+        stop_after(step)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(), tiny_data, tmp_path, resume=True)
+        monkeypatch.undo()
+        assert len(list(tmp_path.glob("state_*.pt"))) == 2
+    train(tiny_config(), tiny_data, tmp_path, resume=True)
+    assert_same(contents(tmp_path), contents(finished))
+
+
+def test_a_second_signal_interrupts_at_once(tiny_data, tmp_path, monkeypatch):
+    draw_batch = training.draw_batch
+
+    def signal_twice(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return draw_batch(*args)
+
+    monkeypatch.setattr(training, "draw_batch", signal_twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(), tiny_data, tmp_path)
+    assert load_state(tmp_path)[0]["step"] == 0
+
+
+def test_resume_from_a_periodic_state(finished, tiny_data, tmp_path, monkeypatch):
+    """Killed without notice: what is lost is only what came after the last state."""
+    train_step = Run.train_step
+
+    def killed(self, *args):
+        self.saved_at = -1e9 if self.step in (3, 4) else 1e9  # when the next save is due
+        if self.step == 9:
+            raise SystemExit("killed")
+        return train_step(self, *args)
+
+    monkeypatch.setattr(Run, "train_step", killed)
+    with pytest.raises(SystemExit):
+        train(tiny_config(), tiny_data, tmp_path)
+    assert [int(p.name.split("_")[1]) for p in sorted(tmp_path.glob("state_*"))] == [4, 5]
+    monkeypatch.undo()
+    train(tiny_config(), tiny_data, tmp_path, resume=True)
+    assert_same(contents(tmp_path), contents(finished))
+
+
+def test_resume_of_a_finished_run_changes_nothing(finished, tiny_data, tmp_path):
+    train(tiny_config(), tiny_data, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    train(tiny_config(), tiny_data, tmp_path, resume=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_resume_to_more_steps_is_the_longer_run(finished, tiny_data, tmp_path):
+    train(tiny_config(steps=5), tiny_data, tmp_path)
+    train(tiny_config(steps=12), tiny_data, tmp_path, resume=True)
+    assert_same(contents(tmp_path), contents(finished))
+
+
+def test_resume_to_fewer_steps_is_refused(tiny_data, tmp_path):
+    train(tiny_config(steps=5), tiny_data, tmp_path)
+    with pytest.raises(UserError, match="5 steps already, more than 3"):
+        train(tiny_config(steps=3), tiny_data, tmp_path, resume=True)
+
+
+def test_a_new_run_on_an_old_folder_is_refused(finished, tiny_data):
+    with pytest.raises(UserError, match="holds a run already: add --resume"):
+        train(tiny_config(), tiny_data, finished)
+
+
+@pytest.mark.parametrize("section, name, value", [
+    ("train", "lr", 2e-3), ("train", "batch_size", 4), ("train", "seed", 1), ("model", "width", 16),
+    ("diffusion", "schedule", "linear"), ("data", "images", 41), ("train", "ema_betas", [0.5]),
+])  # fmt: skip
+def test_resume_with_other_settings_is_refused(finished, tiny_data, section, name, value):
+    config = tiny_config()
+    config[section][name] = value
+    with pytest.raises(UserError, match=f"was started with {name} = .*--resume goes on with the same settings only"):
+        train(config, tiny_data, finished, resume=True)
+
+
+def test_minutes(tiny_data, tmp_path, monkeypatch):
+    """20 steps of 2 s each are timed: 1 minute is 30 steps. An interrupted run has the same length."""
+    now, stop_at, train_step = [0.0], [], Run.train_step
+
+    def slow_step(self, *args):
+        now[0] += 2.0
+        if self.step in stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, *args)
+
+    monkeypatch.setattr(training, "time", type("Clock", (), {"monotonic": lambda: now[0]}))
+    monkeypatch.setattr(Run, "train_step", slow_step)
+    train(tiny_config(steps=None), tiny_data, tmp_path / "whole", minutes=1)
+    assert load_state(tmp_path / "whole")[0]["step"] == 30
+    for step in (12, 25):  # before the length is known, and after
+        stop_at[:] = [step]
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(steps=None), tiny_data, tmp_path / "parts", resume=True, minutes=1)
+    stop_at.clear()
+    train(tiny_config(steps=None), tiny_data, tmp_path / "parts", resume=True, minutes=1)
+    assert contents(tmp_path / "parts")[0] == contents(tmp_path / "whole")[0]
+
+
+def test_sigterm_to_a_real_process(idx_folder, tmp_path):
+    """A process of its own, ended by SIGTERM in the middle of training, and resumed, against one that was left alone."""
+    flags = ["--data", idx_folder, "--image-size", 8, "--width", 8, "--batch-size", 8, "--timesteps", 10, "--device", "cpu",
+             "--sample-every", 0, "--precision", "float32", "--ema-start", 5, "--epochs", 500]  # fmt: skip
+    flags = list(map(str, flags))
+    command = [sys.executable, str(ROOT / "ddpm_unconditional.py"), "train", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: another number of threads adds in another order
+    process = subprocess.Popen(
+        [*command, "--out", tmp_path / "run"], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(600):  # the state of step 0 says that it is about to train
+        if list((tmp_path / "run").glob("state_*.pt")):
+            break
+        time.sleep(0.1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in err
+    assert "--resume goes on from there" in err.splitlines()[-1]
+    step = load_state(tmp_path / "run")[0]["step"]
+    assert step < 4000
+
+    import ddpm_unconditional
+
+    flags[-1] = str((step + 3) / 8)  # three more steps
+    ddpm_unconditional.main(["train", *flags, "--out", str(tmp_path / "run"), "--resume"])
+    ddpm_unconditional.main(["train", *flags, "--out", str(tmp_path / "alone")])
+    assert_same(contents(tmp_path / "run"), contents(tmp_path / "alone"))
+
+
+# --- the same training in other ways -----------------------------------------------------------------------------------
+
+
+def close_to(folder, reference, rtol=1e-4, atol=1e-5):
+    ours, theirs = (load_file(f / "model.safetensors") for f in (folder, reference))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_accumulated_is_plain(tiny_data, tmp_path):
+    """SGD, so that a small difference of the gradients stays a small difference of the weights."""
+    config = tiny_config(optimizer="sgd", lr=0.05)
+    train(copy.deepcopy(config), tiny_data, tmp_path / "plain")
+    for parts in (2, 8):
+        train(copy.deepcopy(config), tiny_data, tmp_path / f"{parts}", accumulate=parts)
+        close_to(tmp_path / f"{parts}", tmp_path / "plain")
+    with pytest.raises(UserError, match="--batch-size 8 must be a multiple"):
+        train(config, tiny_data, tmp_path / "no", accumulate=3)
+
+
+WORKER = """
+import sys, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+torch.set_num_threads(1)
+from conftest import tiny_config, tiny_data
+import training
+from utils import ImageData
+data = ImageData(**torch.load({data!r}))
+def config(): return tiny_config(optimizer="sgd", lr=0.05)
+training.train(config(), data, {out!r} + "/two")
+training.train(config(), data, {out!r} + "/two_accumulated", accumulate=2)
+training.train(config(), data, {out!r} + "/resumed", resume=True)
+"""
+
+
+def test_two_processes_are_one(tiny_data, tmp_path, stop_after, monkeypatch):
+    """torchrun with two gloo processes, against one process with the same global batch: with and without accumulation,
+    and going on with what one process began."""
+    config = tiny_config(optimizer="sgd", lr=0.05)
+    train(copy.deepcopy(config), tiny_data, tmp_path / "one")
+    stop_after(5)
+    with pytest.raises(KeyboardInterrupt):
+        train(copy.deepcopy(config), tiny_data, tmp_path / "resumed")
+    monkeypatch.undo()
+    torch.save(vars(tiny_data), tmp_path / "data.pt")
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), data=str(tmp_path / "data.pt"), out=str(tmp_path))
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("two", "two_accumulated", "resumed"):
+        close_to(tmp_path / name, tmp_path / "one")
+        assert len(list((tmp_path / name).glob("state_*.pt"))) == 2 and no_leftovers(tmp_path / name)
+
+
+def test_bfloat16_is_close_to_float32(tiny_data, tmp_path):
+    if training.pick_precision(torch.device("cpu")) != "bfloat16":
+        pytest.skip("this CPU has no bfloat16")
+    for precision in ("float32", "bfloat16"):
+        train(tiny_config(precision=precision, optimizer="sgd", lr=0.05), tiny_data, tmp_path / precision)
+    close_to(tmp_path / "bfloat16", tmp_path / "float32", rtol=0.05, atol=0.02)
+
+
+def test_precision_is_picked_by_what_the_device_does():
+    assert training.pick_precision(torch.device("cpu")) in ("float32", "bfloat16")
+    assert training.pick_precision(torch.device("mps")) == "float32"
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def test_each_kind_of_weights(finished):
+    path, raw = finished / "model.safetensors", load_state(finished)[0]["model"]
+    for kind in (None, "ema", "ema_0.5", "ema_0.9", "raw"):
+        model, diffusion, config = load_checkpoint(path, kind)
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
+        assert (diffusion.timesteps, diffusion.schedule) == (20, "cosine") and config["train"]["steps"] == 12
+        assert all(torch.equal(w, raw[n]) for n, w in model.state_dict().items()) == (kind == "raw")
+    weights = {kind: load_checkpoint(path, kind)[0].state_dict() for kind in (None, "ema", "ema_0.5")}
+    assert_same(weights[None], weights["ema_0.5"])  # the run's first average is the default
+    assert_same(weights["ema"], weights["ema_0.5"])
+    with pytest.raises(UserError, match="has no ema_0.7 weights, only ema_0.5, ema_0.9, raw"):
+        load_checkpoint(path, "ema_0.7")
+
+
+def test_half_precision_checkpoint(finished, tmp_path):
+    tensors, config = training.read_checkpoint(finished / "model.safetensors")
+    weights = training.select_weights(tensors, "ema_0.9", config)
+    save_checkpoint(tmp_path / "half.safetensors", {"ema": weights}, config, half=True)
+    assert all(w.dtype == torch.float16 for w in load_file(tmp_path / "half.safetensors").values())
+    model, _, _ = load_checkpoint(tmp_path / "half.safetensors")
+    for name, w in model.state_dict().items():
+        assert w.dtype == torch.float32
+        torch.testing.assert_close(w, weights[name], rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match="has no raw weights, only ema"):
+        load_checkpoint(tmp_path / "half.safetensors", "raw")
+
+
+class Evil:
+    """Unpickled, it would run a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda x, path: Path(path).write_bytes(pickle.dumps(x))])
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, tiny_data, save):
+    marker = tmp_path / "executed"
+    save({"outc.weight": Evil(marker)}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="evil.pt is not a state dict of the course's networks, or it is damaged"):
+        load_checkpoint(tmp_path / "evil.pt")
+    # nor as a run's state, under the name that its checksum asks for
+    data = (tmp_path / "evil.pt").read_bytes()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / f"state_00000005_{hashlib.sha256(data).hexdigest()[:16]}.pt").write_bytes(data)
+    train(tiny_config(steps=1), tiny_data, run, resume=True)
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Evil(marker)))  # the test's own pickle does work
+    assert marker.exists()
+
+
+def test_mismatch_names_the_first_tensor(finished, tmp_path):
+    tensors, config = training.read_checkpoint(finished / "model.safetensors")
+    weights = training.select_weights(tensors, "raw", config)
+    other = copy.deepcopy(config)
+    other["model"]["width"] = 12
+    save_checkpoint(tmp_path / "wide.safetensors", {"raw": weights}, other)
+    with pytest.raises(UserError, match=r"time_mlp.0.weight is \(32, 8\) in the file, \(48, 12\) in the network"):
+        load_checkpoint(tmp_path / "wide.safetensors")
+    other = copy.deepcopy(config)
+    other["model"]["num_classes"] = 3
+    save_checkpoint(tmp_path / "classes.safetensors", {"raw": weights}, other)
+    with pytest.raises(UserError, match=r"label_emb.weight is \(2, 32\) in the file, \(3, 32\) in the network"):
+        load_checkpoint(tmp_path / "classes.safetensors")
+    missing = {name: w for name, w in weights.items() if name != "stem.bias"}
+    save_checkpoint(tmp_path / "missing.safetensors", {"raw": missing}, config)
+    with pytest.raises(UserError, match=r"stem.bias is nothing in the file, \(8,\) in the network"):
+        load_checkpoint(tmp_path / "missing.safetensors")
+    save_checkpoint(tmp_path / "more.safetensors", {"raw": weights | {"extra": torch.zeros(2)}}, config)
+    with pytest.raises(UserError, match=r"extra is \(2,\) in the file, nothing in the network"):
+        load_checkpoint(tmp_path / "more.safetensors")
+    course = {f"conv.{i}": torch.zeros(2) for i in range(3)} | {"outc.weight": torch.zeros(3, 64, 1, 1)}
+    torch.save(course, tmp_path / "course.pt")
+    with pytest.raises(UserError, match="inc.double_conv.0.weight is nothing in the file"):
+        load_checkpoint(tmp_path / "course.pt")
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "folder"])
+def test_damaged_checkpoints(finished, tmp_path, name, damage):
+    whole = (finished / "model.safetensors").read_bytes()
+    if name.endswith(".pt"):
+        torch.save({"outc.weight": torch.zeros(3, 8, 1, 1)}, tmp_path / "whole.pt")
+        whole = (tmp_path / "whole.pt").read_bytes()
+    path = tmp_path / name
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_bytes({"empty": b"", "text": b"hello\n", "truncated": whole[: len(whole) // 2]}[damage])
+    with pytest.raises(UserError, match="no checkpoint at|not a checkpoint of|not a state dict"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.clear(), lambda c: c.update(model=3), lambda c: c["model"].update(name="os.system"),
+    lambda c: c["model"].update(width=-1), lambda c: c["model"].update(mults=[]), lambda c: c["model"].update(colour=1),
+    lambda c: c["diffusion"].update(schedule="steep"), lambda c: c["diffusion"].update(timesteps=0),
+    lambda c: c["diffusion"].update(timesteps="many"), lambda c: c.pop("diffusion"), lambda c: c.pop("train"),
+    lambda c: c["data"].update(image_size=9), lambda c: c["data"].update(image_size="8"), lambda c: c["data"].clear(),
+    lambda c: c["train"].update(ema_betas=["x"]),
+])  # fmt: skip
+def test_checkpoints_with_a_strange_configuration(finished, tmp_path, change):
+    tensors, config = training.read_checkpoint(finished / "model.safetensors")
+    change(config)
+    save_file(tensors, tmp_path / "x.safetensors", {"config": json.dumps(config)})
+    with pytest.raises(UserError):
+        load_checkpoint(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("metadata", [None, {"config": "not json"}, {"config": "[]"}, {"config": "[" * 100_000}])
+def test_checkpoints_without_a_configuration(tmp_path, metadata):
+    save_file({"raw/x": torch.zeros(1)}, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(UserError, match="is not a checkpoint of this project, or it is damaged"):
+        load_checkpoint(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("section, name, value, message", [
+    ("data", "image_size", 10, "an --image-size that 4 divides"), ("model", "num_classes", "ten", "cannot be built"),
+    ("model", "width", 0, "cannot be built"), ("diffusion", "timesteps", 0, "timesteps must be"),
+    ("diffusion", "timesteps", 90_000, "too many for the linear schedule"), ("diffusion", "schedule", "log", "unknown schedule"),
+])  # fmt: skip
+def test_bad_configurations_leave_no_run(tiny_data, tmp_path, section, name, value, message):
+    config = tiny_config()
+    config["diffusion"]["schedule"] = "linear"
+    config[section][name] = value
+    with pytest.raises(UserError, match=message):
+        train(config, tiny_data, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
+# --- faults ------------------------------------------------------------------------------------------------------------
+
+
+def interrupted_run(tiny_data, folder, stop_after, monkeypatch, steps=(3, 6)):
+    """A folder with the states of two interruptions, oldest first."""
+    for step in steps:
+        stop_after(step)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(), tiny_data, folder, resume=True)
+        monkeypatch.undo()
+    return sorted(folder.glob("state_*.pt"))
+
+
+@pytest.mark.parametrize("damage", ["bit", "truncated", "empty"])
+def test_damaged_newest_state(finished, tiny_data, tmp_path, stop_after, monkeypatch, capsys, damage):
+    older, newest = interrupted_run(tiny_data, tmp_path, stop_after, monkeypatch)
+    data = bytearray(newest.read_bytes())
+    if damage == "bit":
+        data[len(data) // 3] ^= 4
+    newest.write_bytes({"bit": data, "truncated": data[:-10], "empty": b""}[damage])
+    utils.say.cache_clear()
+    capsys.readouterr()
+    train(tiny_config(), tiny_data, tmp_path, resume=True)
+    err = capsys.readouterr().err
+    assert f"{newest} is damaged: going on from the state before it" in err and "going on from step 4" in err
+    assert_same(contents(tmp_path), contents(finished))
+
+
+def test_after_a_damaged_state_the_good_ones_are_kept(tiny_data, tmp_path, stop_after, monkeypatch):
+    """The damaged state has a later step than the first one saved after it: it must not push out the good ones."""
+    older, newest = interrupted_run(tiny_data, tmp_path, stop_after, monkeypatch, steps=(3, 9))
+    newest.write_bytes(b"damaged")
+    stop_after(5)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(), tiny_data, tmp_path, resume=True)
+    kept = sorted(tmp_path.glob("state_*.pt"))
+    assert kept[0] == older and "state_00000006" in kept[1].name and len(kept) == 2
+
+
+def test_all_states_damaged(finished, tiny_data, tmp_path, stop_after, monkeypatch):
+    """Then there is nothing to go on from, and --resume starts again."""
+    for path in interrupted_run(tiny_data, tmp_path, stop_after, monkeypatch):
+        path.write_bytes(b"damaged")
+    train(tiny_config(), tiny_data, tmp_path, resume=True)
+    assert_same(contents(tmp_path), contents(finished))
+
+
+def test_a_second_process_is_refused(tiny_data, tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(Held, match="another process is training in"):
+            train(tiny_config(), tiny_data, tmp_path, resume=True)
+        script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fcntl; f = open({str(tmp_path / '.lock')!r}); "
+        script += "fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)"  # what the program does, without its slow imports
+        assert b"BlockingIOError" in subprocess.run([sys.executable, "-c", script], capture_output=True).stderr
+    train(tiny_config(steps=1), tiny_data, tmp_path)
+
+
+def test_nan_loss_stops_the_run(tiny_data, tmp_path):
+    with pytest.raises(
+        UserError, match=r"not finite at step \d+ \(learning rate 1e\+30\).*smaller --lr.*state is step 0"
+    ):
+        train(tiny_config(optimizer="sgd", lr=1e30), tiny_data, tmp_path)
+    assert load_state(tmp_path)[0]["step"] == 0 and not (tmp_path / "model.safetensors").exists()
+
+
+def test_nan_weights_are_not_saved(tiny_data, tmp_path, monkeypatch):
+    """The last step's loss is still finite, its update is not."""
+    train_step = Run.train_step
+
+    def diverge(self, *args):
+        loss = train_step(self, *args)
+        nn.init.constant_(next(self.model.parameters()), float("inf"))
+        return loss
+
+    monkeypatch.setattr(Run, "train_step", diverge)
+    with pytest.raises(UserError, match="not finite at step 1 .*last good state is step 0"):
+        train(tiny_config(steps=1), tiny_data, tmp_path)
+    assert load_state(tmp_path)[0]["step"] == 0 and not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 9"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+])  # fmt: skip
+def test_out_of_memory_says_which_batch_size_to_try(tiny_data, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Run, "train_step", fail)
+    with pytest.raises(UserError, match="out of memory: try --batch-size 4, .*--accumulate 2"):
+        train(tiny_config(), tiny_data, tmp_path)
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_disk_full_while_saving(finished, tiny_data, tmp_path, stop_after, monkeypatch, call):
+    """Old states stay whole, nothing half-written is left, and with space again the run goes on."""
+    states = interrupted_run(tiny_data, tmp_path, stop_after, monkeypatch)
+    before = {p: p.read_bytes() for p in states}
+    stop_after(8)
+    monkeypatch.setattr(utils.os, call, full_disk)
+    with pytest.raises(UserError, match="cannot write .*state_.*: no space left on the disk"):
+        train(tiny_config(), tiny_data, tmp_path, resume=True)
+    monkeypatch.undo()
+    assert {p: p.read_bytes() for p in tmp_path.glob("state_*.pt")} == before and no_leftovers(tmp_path)
+    train(tiny_config(), tiny_data, tmp_path, resume=True)
+    assert_same(contents(tmp_path), contents(finished))
+
+
+@pytest.fixture
+def file_size_limit():
+    """file_size_limit(n): from now on the system refuses to make any file longer than n bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, previous)
+
+
+def test_a_write_that_really_fails_halfway(finished, tmp_path, file_size_limit):
+    """The kernel itself ends the write in the middle, as on a full disk: for states and for checkpoints."""
+    tensors, config = training.read_checkpoint(finished / "model.safetensors")
+    weights = training.select_weights(tensors, "raw", config)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"the old one")
+    file_size_limit(5000)
+    with pytest.raises(UserError, match=f"cannot write {path}: File too large"):
+        save_checkpoint(path, {"raw": weights}, config)
+    with pytest.raises(UserError, match="cannot write .*state_00000007.*: File too large"):
+        save_state(tmp_path, {"step": 7, "model": weights})
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"] and path.read_bytes() == b"the old one"
+
+
+def test_what_a_killed_write_left_is_cleared_away(tiny_data, tmp_path):
+    (tmp_path / ".state_00000005_0123456789abcdef-89abcdef.pt").write_bytes(b"half a state")
+    (tmp_path / ".model-89abcdef.safetensors").write_bytes(b"half a model")
+    train(tiny_config(steps=1), tiny_data, tmp_path)
+    assert no_leftovers(tmp_path)
+
+
+def test_idx_is_what_the_other_tests_think_it_is(tmp_path):
+    write_idx(tmp_path / "x", [[1, 2], [3, 4]])
+    assert (tmp_path / "x").read_bytes() == bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 2, 1, 2, 3, 4])
