@@ -22,7 +22,7 @@ SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)
 def run_sweep(args):
     """Measure the samples of each kind of weights at each guidance scale; what --out already holds is not done again."""
     sha256 = evaluate.sha256(args.checkpoint)
-    settings = {"checkpoint": args.checkpoint.name, "sha256": sha256, "sampler": {"name": "dpm", "steps": args.steps},
+    settings = {"checkpoint": args.checkpoint.name, "sha256": sha256, "sampler": {"sampler": "ddpm", "steps": args.steps},
                 "n": args.n, "seed": args.seed}  # fmt: skip
     rows = []
     if args.out.exists():
@@ -44,7 +44,7 @@ def run_sweep(args):
                 continue
             bar = lambda batches: progress(batches, unit="batch", desc=f"{weights}, cfg_scale {scale:g}")  # noqa: B023, E731
             with training.autocast(device):
-                images = diffusion.sample(model, args.n, shape, labels=labels, cfg_scale=scale, sampler="dpm",
+                images = diffusion.sample(model, args.n, shape, labels=labels, cfg_scale=scale, sampler="ddpm",
                                           steps=args.steps, seed=args.seed, progress=bar)  # fmt: skip
             quality = evaluate.evaluate_samples(
                 to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy(), config["data"]["name"], need_labels=True
@@ -64,7 +64,7 @@ def main(argv=None):
     sweep.add_argument("--weights", nargs="+", default=["raw", "ema"], help="raw, ema, or ema_BETA")
     sweep.add_argument("--scales", nargs="+", type=number(float, 0), default=SCALES, help="guidance scales")
     sweep.add_argument("--n", type=positive, default=2000, help="samples per setting, spread over the classes")
-    sweep.add_argument("--steps", type=positive, default=20, help="steps of the second-order sampler")
+    sweep.add_argument("--steps", type=positive, default=50, help="ancestral steps")
     sweep.add_argument("--seed", type=natural, default=0, help="image i depends on (seed, i) only")
     sweep.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     sweep.add_argument("--out", type=Path, required=True, help="the .json to write, or to go on with")

@@ -1,15 +1,16 @@
-"""The benchmark's two sides do the same work, to the tolerance stated here, and the command runs. No test looks at a time."""
+"""The benchmark's two sides do the same work, to the tolerances stated here, and the command runs. No test times."""
 
 import json
 
 import pytest
 import torch
 from conftest import tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 import training
 import utils
-from ddpm import Diffusion, beta_schedule
+from ddpm import Diffusion, beta_schedule, guided
 from modules import EMA
 
 POINT_1 = {"name": "PatchUNet", "channels": 1, "width": 8, "num_classes": 2}
@@ -63,6 +64,9 @@ def test_the_plain_network_really_stores_its_attention_matrices():
 
 def test_training_steps_end_with_the_same_weights(tiny_data, tmp_path):
     config = tiny_config(ema_betas=[benchmark.EMA_BETA], ema_start=0)
+    # At width 8 a norm's group is one channel, which a bias before it cannot change: its gradient is rounding error
+    # alone, and Adam, which divides by the gradient's size, would turn that into steps of full length.
+    config["model"]["width"] = 16
     run = training.Run(config, tiny_data, tmp_path, torch.device("cpu"), 0, 1, resume=False)
     model, ema_model, optimizer = benchmark.plain_state(config["model"], torch.device("cpu"))
     for module in (run.model, model):
@@ -77,8 +81,7 @@ def test_training_steps_end_with_the_same_weights(tiny_data, tmp_path):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=0)
     for ours, plain in ((run.model, model), (run.ema_models["ema_0.995"], ema_model)):
         for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
-            # Adam divides a gradient by its size: one that is nearly zero takes its sign from rounding
-            assert (p - q).abs().mean() < 1e-5 and (p - q).abs().max() < 1e-3
+            assert (p - q).abs().mean() < 1e-5
 
 
 @pytest.mark.parametrize("cfg_scale, variance", [(0.0, "posterior"), (3.0, "beta")])
@@ -94,11 +97,9 @@ def test_plain_sampling_is_our_ddpm_without_clipping(cfg_scale, variance):
 
     betas = beta_schedule("linear", timesteps).float()
     plain = benchmark.plain_sample(model, x, betas, range(timesteps - 1, -1, -1), labels, cfg_scale, variance, draws())
-    from ddpm import guided
-
+    eps_model = guided(model, labels, cfg_scale)
     with torch.no_grad():
-        sampler = Diffusion(timesteps).ddpm_sampler(guided(model, labels, cfg_scale), x, draws(), None, variance, False)
-        *_, ours = sampler
+        *_, ours = Diffusion(timesteps).ddpm_sampler(eps_model, x, draws(), variance=variance, clip=False)
     torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
 
 
@@ -144,7 +145,7 @@ class InProcess(benchmark.Side):
         return {"work": 1, "process": 1}
 
 
-@pytest.mark.parametrize("name", [name for name in benchmark.BENCHMARKS])
+@pytest.mark.parametrize("name", [name for name in benchmark.BENCHMARKS if name != "train_course_64"])  # quick: as _32
 def test_every_comparison_runs(name, fashion, monkeypatch, tmp_path):
     def without_torchrun(folder, effort, settings):
         benchmark.time_one_process(settings, tmp_path / "process", 1)
@@ -189,11 +190,85 @@ def test_gains_are_formed_turn_by_turn():
 
 
 def test_flops_of_a_step_are_three_times_those_of_the_forward_pass():
-    """A single 3x3 convolution by hand: 2 x 9 x in x out per pixel forward, and as much again for each gradient."""
-    narrow, wide = (benchmark.training_flops({"name": "PatchUNet", "channels": 1, "width": w}, 28, 2) for w in (32, 64))
-    assert 3 < wide / narrow < 4.2
-    batch = [benchmark.training_flops(COURSE, 32, n) for n in (1, 3)]
-    assert batch[1] == pytest.approx(3 * batch[0], rel=0.01)
+    model = training.build_model(POINT_1)
+    with FlopCounterMode(display=False) as forward:
+        model(torch.zeros(2, 1, 16, 16), torch.zeros(2).long())
+    # less than three times, since no gradient with respect to the images is needed
+    assert 2.5 < benchmark.training_flops(POINT_1, 16, 2) / forward.get_total_flops() <= 3
+
+
+# --- quality: what is resumed, what is compared ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def quality(monkeypatch, tmp_path):
+    """Quality runs of 6 samples in a temporary folder, with one distance for all samples."""
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "QUALITY_RUNS", tmp_path / "runs")
+    monkeypatch.setattr(benchmark, "SAMPLES", 6)
+    monkeypatch.setattr(benchmark, "GUIDED_SAMPLES", 6)
+    monkeypatch.setattr(benchmark, "GUIDED_STEPS", 3)
+    result = {"frechet_distance": 6.0, "samples": 6}
+    monkeypatch.setattr(benchmark, "distance", lambda images: result if len(images) == 6 else None)
+    return tmp_path
+
+
+def test_interrupted_sampling_goes_on(quality):
+    made = []
+
+    def sample_batch(indices):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(list(indices))
+        return torch.full((len(indices), 1, 4, 4), 0.0)
+
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.cached_samples("run", 7, sample_batch, batch_size=3)
+    first = list(made)
+    made.clear()
+    images = benchmark.cached_samples("run", 7, sample_batch, batch_size=3)
+    assert first + made == [[0, 1, 2], [3, 4, 5], [6]] and images.shape == (7, 4, 4, 1)
+
+
+def test_guided_quality_compares_one_checkpoint_with_itself(quality):
+    config = tiny_config()
+    config["model"]["num_classes"] = 10
+    model = randomise(training.build_model(config["model"]))
+    path = quality / "checkpoints/fashion_mnist_conditional.safetensors"
+    training.save_checkpoint(path, {"raw": model.state_dict(), "ema_0.5": model.state_dict()}, config)
+    (row,) = benchmark.quality_guided("quality_guided", benchmark.QUICK, None)
+    plain, ours = row["details"]["plain"], row["details"]["ours"]
+    assert plain["sha256"] == ours["sha256"] and (plain["steps"], ours["steps"]) == (19, 3)
+    assert row["gain"]["median"] == 1
+
+
+def test_without_checkpoints_there_are_no_quality_rows(quality, capsys):
+    assert benchmark.quality_sampling("quality_sample", benchmark.QUICK, None) == []
+    assert "grid_cosine_l2.safetensors is not there" in capsys.readouterr().err
+
+
+def test_training_for_quality_goes_on_and_is_not_measured_twice(quality, tiny_data):
+    config = tiny_config(steps=2)
+    del config["model"]["num_classes"]
+    for steps in (2, 4, 2):  # a rerun asks for the earlier steps again
+        config["train"]["steps"] = steps
+        assert benchmark.train_and_measure("ours", config, tiny_data, "ema")["samples"] == 6
+    tensors, _ = training.read_checkpoint(quality / "runs/ours/model.safetensors")
+    assert len(tensors["losses"]) == 4
+
+
+def test_minutes_are_steps_times_seconds_of_a_step(quality, monkeypatch):
+    def reached(name, config, data, kind):
+        steps = config["train"]["steps"]
+        return {"frechet_distance": 8.0 if name == "convnext" else 4000 / steps, "samples": 6}
+
+    data = utils.ImageData(torch.empty(60_000, 1, 1, 1), None, [], "fashion_mnist", False, 1)
+    monkeypatch.setattr(benchmark, "load_data", lambda name: data)
+    monkeypatch.setattr(benchmark, "train_and_measure", reached)
+    monkeypatch.setattr(benchmark, "take_turns", lambda *args, **settings: ({"plain": [6.0], "ours": [0.6]}, {}))
+    (row,) = benchmark.quality_minutes("quality_minutes", benchmark.QUICK, None)
+    assert row["details"]["ours"]["steps"] == 600  # the first multiple of 200 at or below 8.0
+    assert row["plain"]["median"] == pytest.approx(2343 * 0.1) and row["ours"]["median"] == pytest.approx(6)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -206,16 +281,17 @@ def test_bad_input_ends_with_one_line(refused, tmp_path):
     assert "cannot write" in refused(benchmark.main, "--quick", "--json-out", tmp_path)
 
 
-def a_side_that_dies():
-    raise SystemExit(3)
-
-
 def a_side_that_refuses():
     raise utils.UserError("no such data")
 
 
-def test_a_side_that_fails_is_one_clear_error():
-    with pytest.raises(utils.UserError, match="has died"):
-        benchmark.Side(a_side_that_dies, {}, 0.0)
+def test_a_side_that_fails_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr(benchmark.signal, "signal", lambda *handler: None)  # this process keeps its Ctrl-C
+    side = object.__new__(benchmark.Side)
+    side.pipe, theirs = benchmark.SPAWN.Pipe()
+    benchmark.serve(theirs, a_side_that_refuses, {}, 0.0)
     with pytest.raises(utils.UserError, match="no such data"):
-        benchmark.Side(a_side_that_refuses, {}, 0.0)
+        side.receive()
+    theirs.close()  # as if the process were gone
+    with pytest.raises(utils.UserError, match="has died"):
+        side.receive()
