@@ -216,6 +216,8 @@ def save_denoising_gif(frames, path, columns, scale=2, longest=60):
 
 
 def run_publish(args):
+    if args.out.suffix != ".safetensors":
+        raise UserError(f"--out must end in .safetensors, not {args.out.name!r}")
     source = args.folder / "model.safetensors"
     if not source.is_file():
         raise UserError(f"{args.folder} has no finished run: train it (or go on with --resume) first")

@@ -558,7 +558,7 @@ def zip_members(archive: zipfile.ZipFile, source: Path) -> list[Member]:
             raise UserError(f"{source} is refused: its member {name} is a link or a device")
         if info.flag_bits & 1:
             raise UserError(f"{source} is protected by a password: unpack it and give the folder to --from")
-        if not info.is_dir():
+        if name.parts and not info.is_dir():
             members.append((name, info.file_size, partial(archive.open, info)))
     return members
 

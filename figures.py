@@ -114,7 +114,8 @@ def shipped(*patterns):
     """The published checkpoints whose names (without suffix) match, in order; says so where there is none."""
     paths = [path for pattern in patterns for path in sorted(CHECKPOINTS.glob(f"{pattern}.safetensors"))]
     if not paths:
-        print(f"checkpoints/ has no {' or '.join(patterns)} yet: checkpoints/README.md says how to make it")
+        others = f" (nor any of {len(patterns) - 1} others)" if len(patterns) > 1 else ""
+        print(f"checkpoints/ has no {patterns[0]}{others} yet: checkpoints/README.md says how to make it")
     return paths
 
 

@@ -308,6 +308,7 @@ def _read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     images, labels = [], []
     try:
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is in the error
         with tempfile.TemporaryDirectory() as cache:  # nothing is left in, or taken from, the user's cache
             table = datasets.Dataset.from_parquet([str(path) for path in paths], cache_dir=cache, keep_in_memory=True)
             for row in table.cast_column("image", datasets.Image()):

@@ -459,6 +459,7 @@ def test_bad_checkpoints(damage, classes, tmp_path, refused):
 def test_bad_publish(runs, tmp_path, refused):
     out = tmp_path / "x.safetensors"
     assert "no finished run" in refused(ddpm.main, "publish", "--run", tmp_path, "--out", out)
+    assert "must end in .safetensors" in refused(ddpm.main, "publish", "--run", runs / "plain", "--out", tmp_path / "x.pt")
     flags = ["publish", "--run", runs / "plain", "--out", out]
     assert "has no ema_0.7 weights, only ema_0.5, ema_0.9, raw" in refused(ddpm.main, *flags, "--weights", "ema_0.7")
     assert everything(tmp_path) == {}

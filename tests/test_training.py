@@ -592,7 +592,7 @@ def test_a_second_process_is_refused(tiny_data, tmp_path):
 
 def test_nan_loss_stops_the_run(tiny_data, tmp_path):
     with pytest.raises(
-        UserError, match=r"not finite at step \d+ \(learning rate 1e\+30\).*smaller --lr.*state is step 0"
+        UserError, match=r"not finite at step [12] \(learning rate 1e\+30\).*smaller --lr.*state is step 0"
     ):
         train(tiny_config(optimizer="sgd", lr=1e30), tiny_data, tmp_path)
     assert load_state(tmp_path)[0]["step"] == 0 and not (tmp_path / "model.safetensors").exists()

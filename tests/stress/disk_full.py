@@ -85,9 +85,7 @@ def run(work):
 
 def files(folder):
     """The visible and hidden files of a folder with their contents; the ballast and locks apart."""
-    return {
-        p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("ballast", ".lock")
-    }
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("ballast", ".lock")}
 
 
 def fill_under_training(disk, reference_bits, state_size):
@@ -112,12 +110,34 @@ def fill_under_training(disk, reference_bits, state_size):
 
 def fill_under_commands(disk, checkpoint, archive):
     """sample, publish and unpack: the output is the old one or nothing, never a part."""
+
     def sample(suffix):
-        flags = ["--checkpoint", checkpoint, "--n", "200", "--steps", "2", "--device", "cpu", "--out", disk.folder / f"x.{suffix}"]
+        flags = [
+            "--checkpoint",
+            checkpoint,
+            "--n",
+            "200",
+            "--steps",
+            "2",
+            "--device",
+            "cpu",
+            "--out",
+            disk.folder / f"x.{suffix}",
+        ]
         return lambda: ddpm.main(["sample", *map(str, flags)])
 
     def publish():
-        ddpm.main(["publish", "--run", str(checkpoint.parent), "--weights", "raw", "--out", str(disk.folder / "x.safetensors")])
+        ddpm.main(
+            [
+                "publish",
+                "--run",
+                str(checkpoint.parent),
+                "--weights",
+                "raw",
+                "--out",
+                str(disk.folder / "x.safetensors"),
+            ]
+        )
 
     utils.ROOT = disk.folder
     works = {"png": sample("png"), "gif": sample("gif"), "npz": sample("npz"), "safetensors": publish,
