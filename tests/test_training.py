@@ -1,5 +1,6 @@
 """The loop and its files: same seed same bits, exact resume, several processes, and every way a run or a file can break."""
 
+import contextlib
 import copy
 import errno
 import hashlib
@@ -645,26 +646,28 @@ def test_disk_full_while_saving(finished, tiny_data, tmp_path, stop_after, monke
     assert_same(contents(tmp_path), contents(finished))
 
 
-@pytest.fixture
-def file_size_limit():
-    """file_size_limit(n): from now on the system refuses to make any file longer than n bytes."""
+@contextlib.contextmanager
+def file_size_limit(n):
+    """Inside, the system refuses to make any file longer than n bytes (pytest's own log, too: leave it soon)."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, previous)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, previous)
 
 
-def test_a_write_that_really_fails_halfway(finished, tmp_path, file_size_limit):
+def test_a_write_that_really_fails_halfway(finished, tmp_path):
     """The kernel itself ends the write in the middle, as on a full disk: for states and for checkpoints."""
     tensors, config = training.read_checkpoint(finished / "model.safetensors")
     weights = training.select_weights(tensors, "raw", config)
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"the old one")
-    file_size_limit(5000)
-    with pytest.raises(UserError, match=f"cannot write {path}: File too large"):
+    with file_size_limit(5000), pytest.raises(UserError, match=f"cannot write {path}: File too large"):
         save_checkpoint(path, {"raw": weights}, config)
-    with pytest.raises(UserError, match="cannot write .*state_00000007.*: File too large"):
+    with file_size_limit(5000), pytest.raises(UserError, match="cannot write .*state_00000007.*: File too large"):
         save_state(tmp_path, {"step": 7, "model": weights})
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"] and path.read_bytes() == b"the old one"
 
