@@ -66,7 +66,7 @@ def add_train_flags(parser, conditional):
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=number(float, 0, 1e9, above=True), default=5, help="passes over the data")
     length.add_argument("--minutes", type=number(float, 0, 1e9, above=True), help="train this long instead of --epochs")
-    add("--batch-size", type=positive, default=128, help="images per step, over all processes")
+    add("--batch-size", type=number(int, 1, 10**6), default=128, help="images per step, over all processes")
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate, constant")
     add("--optimizer", choices=list(training.OPTIMIZERS), default="adam", help="optimizer")
     add("--seed", type=natural, default=0, help="of the weights and of every random draw")
@@ -92,7 +92,7 @@ def add_train_flags(parser, conditional):
 def add_sample_flags(parser, conditional):
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help=".safetensors of this project or .pt of the course")
-    add("--n", type=positive, default=64, help="how many images, in all")
+    add("--n", type=number(int, 1, 10**7), default=64, help="how many images, in all")
     add("--sampler", choices=SAMPLERS, default="ddim", help="ddpm: ancestral; ddim; dpm: second order")
     add("--steps", type=positive, help="network evaluations per image (default: ddpm all T, ddim 50, dpm 20)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="DDIM's noise: 0 none, 1 as much as DDPM")

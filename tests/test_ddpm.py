@@ -300,6 +300,7 @@ def test_ddim_is_diffusers(schedule, eta, clip, dtype, tolerance):
         x_t = ours
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own, with NumPy 2
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("timesteps, steps", [(1000, 20), (1000, 7), (60, 60), (50, 1), (50, 2)])
 def test_dpm_is_diffusers(schedule, timesteps, steps):

@@ -438,6 +438,7 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("save", [torch.save, lambda x, path: Path(path).write_bytes(pickle.dumps(x))])
 def test_malicious_pickle_is_refused_and_not_run(tmp_path, tiny_data, save):
     marker = tmp_path / "executed"
