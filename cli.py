@@ -26,6 +26,7 @@ from utils import (
     save_gif,
     save_grid,
     save_samples,
+    sha256,
     to_uint8,
 )  # fmt: skip
 
@@ -87,6 +88,7 @@ def add_train_flags(parser, conditional):
     add("--sample-every", type=number(int, 0), default=500, help="steps between sample grids; 0: none")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--resume", action="store_true", help="go on with an interrupted run; starts one where there is none")
+    add("--init", type=Path, metavar="CHECKPOINT", help="start from a published run's raw weights (use --ema-start 0 to keep its average)")
 
 
 def add_sample_flags(parser, conditional):
@@ -128,6 +130,8 @@ def make_config(args, data):
             model["name"] = "UNet_conditional"
     if args.objective == "vlb" and args.loss != "l2":
         raise UserError(f"--objective vlb is defined for --loss l2 only, not {args.loss}")
+    if args.init and not args.init.is_file():
+        raise UserError(f"no checkpoint at {args.init}")
     steps = None if args.minutes else max(1, round(args.epochs * len(data) / args.batch_size))
     if steps and steps > training.MAX_STEPS:
         raise UserError(f"--epochs {args.epochs:g} would be {steps:,} steps: that is a mistake")
@@ -139,7 +143,8 @@ def make_config(args, data):
         "train": {"loss": args.loss, "steps": steps, "batch_size": args.batch_size, "lr": args.lr,
                   "optimizer": args.optimizer, "seed": args.seed, "precision": args.precision,
                   "ema_betas": args.ema_beta, "ema_start": args.ema_start,
-                  "p_uncond": getattr(args, "p_uncond", None), "label_dropout": getattr(args, "label_dropout", None)},
+                  "p_uncond": getattr(args, "p_uncond", None), "label_dropout": getattr(args, "label_dropout", None),
+                  "init": {"checkpoint": args.init.name, "sha256": sha256(args.init)} if args.init else None},
     }  # fmt: skip
 
 
@@ -149,7 +154,7 @@ def run_train(args):
         data.flip = args.flip
     path = training.train(
         make_config(args, data), data, args.out, args.resume, args.device, args.minutes,
-        args.sample_every, args.compile, args.accumulate,
+        args.sample_every, args.compile, args.accumulate, args.init,
     )  # fmt: skip
     print(f"wrote {path}")
 

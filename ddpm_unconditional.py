@@ -77,7 +77,11 @@ def run_grid(args):
             source = args.out / result["name"] / "ema.safetensors"
             with atomic_path(ROOT / f"checkpoints/grid_{result['name']}.safetensors") as temporary:
                 temporary.write_bytes(source.read_bytes())
-        cli.write_json(ROOT / "report/results/grid.json", {"command": "python ddpm_unconditional.py grid", "runs": results})
+        path = ROOT / "report/results/grid.json"
+        published = json.loads(path.read_text())["runs"] if path.exists() else []  # by other machines, perhaps
+        rows = {result["name"]: result for result in published + results}
+        runs = [rows[name] for name in EXPERIMENTS if name in rows]
+        cli.write_json(path, {"command": "python ddpm_unconditional.py grid --publish", "runs": runs})
     print(f"wrote {args.out / 'grid.json'}: {len(results)} experiments")
 
 

@@ -5,7 +5,6 @@ of its own, so that a print in grey can be read too. What a colour means is the 
 """
 
 import contextlib
-import hashlib
 import io
 import json
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from utils import ROOT, atomic_path, image_grid, load_data, to_uint8
+from utils import ROOT, atomic_path, image_grid, load_data, sha256, to_uint8
 
 FIGURES = ROOT / "report/figures"
 PICTURES = ROOT / "report/pictures"
@@ -83,10 +82,6 @@ def record(name, suffix, contents, sources):
     hashes = {Path(source).relative_to(ROOT).as_posix(): sha256(source) for source in sources}
     with atomic_path(FIGURES / f"{name}.json") as temporary:
         temporary.write_text(json.dumps({"file": f"{name}{suffix}", "sources": hashes}, indent=2) + "\n")
-
-
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def save_result(name, result):

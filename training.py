@@ -336,8 +336,11 @@ def draw_batch(data, config, step, timesteps):
     return x0, t, noise, labels
 
 
-def train(config, data, out, resume=False, device="auto", minutes=None, sample_every=0, compile=False, accumulate=1):
+def train(config, data, out, resume=False, device="auto", minutes=None, sample_every=0, compile=False, accumulate=1,
+          init=None):  # fmt: skip
     """Train as `config` says and return the path of the finished model.safetensors.
+
+    init: a checkpoint whose weights a new run starts from, instead of random ones.
 
     config: {"model": {...}, "diffusion": {...}, "data": {...}, "train": {"loss", "steps" or None with minutes,
     "batch_size", "lr", "optimizer", "seed", "p_uncond", "label_dropout", "ema_betas", "ema_start", "precision"}}.
@@ -351,7 +354,7 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
         if rank == 0:
             stack.enter_context(locked(out))
         try:
-            run = Run(config, data, out, pick_device(device), rank, world, resume)
+            run = Run(config, data, out, pick_device(device), rank, world, resume, init)
             run.loop(minutes, sample_every, compile, accumulate)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -364,7 +367,7 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
 class Run:
     """A run's model, averages, optimizer and position."""
 
-    def __init__(self, config, data, out, device, rank, world, resume):
+    def __init__(self, config, data, out, device, rank, world, resume, init=None):
         self.config, self.data, self.out, self.device, self.rank, self.world = config, data, out, device, rank, world
         settings = config["train"]
         state = self.read_folder(resume)
@@ -383,10 +386,20 @@ class Run:
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         if state is not None:
             self.restore(state)
-        elif rank == 0:
+            return
+        if init is not None:
+            self.start_from(init)
+        if rank == 0:
             self.save()
 
     # --- state ---
+
+    def start_from(self, path):
+        """Take over the weights of a checkpoint; the averages start from its average, where it has one."""
+        tensors, config = read_checkpoint(path)
+        load_weights(self.model, select_weights(tensors, "raw", config, path), path)
+        for ema_model in self.ema_models.values():
+            load_weights(ema_model, select_weights(tensors, None, config, path), path)
 
     def read_folder(self, resume):
         """The state to go on from, or None; the settings that depend on the machine's speed are taken over from it."""

@@ -112,6 +112,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def sha256(path: str | Path) -> str:
+    """Of the file's contents, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def check_writable(path: str | Path) -> None:
     """Raise UserError if `path` could not be written: better before the work than after it."""
 

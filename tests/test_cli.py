@@ -17,6 +17,7 @@ import ddpm
 import ddpm_conditional
 import ddpm_unconditional
 import training
+import utils
 from modules import UNet_conditional
 from utils import UserError, load_samples
 
@@ -241,6 +242,44 @@ def test_gif_without_frames(tmp_path):
     with pytest.raises(UserError, match="at least one frame"):
         cli.save_denoising_gif([], tmp_path / "x.gif", 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_init(runs, idx_folder, tmp_path, refused):
+    """A new run that starts from a published run's weights: fine-tuning, or a longer training in parts."""
+    published = tmp_path / "published.safetensors"
+    run(ddpm.main, "publish", "--run", runs / "plain", "--weights", "raw", "ema", "--out", published)
+    flags = ["train", "--data", idx_folder, *TINY, "--init", published]
+    run(ddpm.main, *flags, "--epochs", 0.01, "--lr", 1e-12, "--ema-start", 0, "--out", tmp_path / "run")
+    before, (after, config) = training.read_checkpoint(published)[0], training.read_checkpoint(tmp_path / "run/model.safetensors")
+    assert config["train"]["init"] == {"checkpoint": "published.safetensors", "sha256": utils.sha256(published)}
+    assert not torch.equal(before["raw/stem.weight"], before["ema/stem.weight"])
+    torch.testing.assert_close(after["raw/stem.weight"], before["raw/stem.weight"])
+    torch.testing.assert_close(after["ema_0.9/stem.weight"], 0.9 * before["ema/stem.weight"] + 0.1 * before["raw/stem.weight"])
+    assert "nowhere" in refused(ddpm.main, *flags, "--init", tmp_path / "nowhere", "--out", tmp_path / "new")
+    error = refused(ddpm.main, *flags, "--width", 16, "--out", tmp_path / "other")
+    assert "does not fit" in error and "published.safetensors" in error
+    assert not (tmp_path / "other/config.json").exists() and not list(tmp_path.glob("other/state*"))
+
+
+def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, capsys):
+    """Results of experiments that other machines ran stay; an interrupted grid goes on; a finished one does nothing."""
+
+    def measure(name, folder, n, device):
+        _, config = training.read_checkpoint(folder / "model.safetensors")
+        (folder / "ema.safetensors").write_bytes(name.encode())
+        cli.write_json(folder / "result.json", {"name": name, "schedule": config["diffusion"]["schedule"]})
+
+    monkeypatch.setattr(ddpm_unconditional, "measure", measure)
+    monkeypatch.setattr(ddpm_unconditional, "ROOT", tmp_path)
+    published = tmp_path / "report/results/grid.json"
+    cli.write_json(published, {"runs": [{"name": "sigmoid_l1"}, {"name": "cosine_l2", "old": True}]})
+    flags = ["grid", "--out", tmp_path / "grid", "--data", idx_folder, *TINY, "--publish"]
+    for only in (["cosine_l2"], ["linear_l1", "cosine_l2"], ["cosine_l2"]):
+        run(ddpm_unconditional.main, *flags, "--only", *only)
+    runs = json.loads(published.read_text())["runs"]
+    assert runs == [{"name": "linear_l1", "schedule": "linear"}, {"name": "sigmoid_l1"}, {"name": "cosine_l2", "schedule": "cosine"}]
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"grid_linear_l1.safetensors", "grid_cosine_l2.safetensors"}
+    assert capsys.readouterr().out.count("model.safetensors") == 2  # nothing is trained twice
 
 
 # --- publish -----------------------------------------------------------------------------------------------------------
