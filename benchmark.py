@@ -57,6 +57,18 @@ COURSE = {"name": "UNet_conditional", "channels": 3, "num_classes": 10}
 CONVNEXT = {"name": "PatchUNet", "channels": 1, "width": 28, "mults": [1, 2, 4], "depth": 2, "patch": 1,
             "block": "convnext"}  # fmt: skip
 
+# Point 1's network, and what it could have been: the 28x28 images leave room for two levels below blocks of 2x2 pixels
+SHAPES = {
+    "width 32 (the default)": {},
+    "width 24": {"width": 24},
+    "width 48": {"width": 48},
+    "width 24, two blocks a level": {"width": 24, "depth": 2},
+    "without linear attention": {"attention": False},
+    "ConvNeXt blocks": {"block": "convnext"},
+    "single pixels, width 16, three levels": {"patch": 1, "width": 16, "mults": [1, 2, 4]},
+}
+SHAPE_MINUTES = 3
+
 
 # --- the plain way: networks and training ----------------------------------------------------------------------------
 
@@ -244,6 +256,31 @@ def our_training(model, source, image_size, batch_size):
 
     def step():
         loss = run.train_step(run.model, accumulate=1)
+        run.step += 1
+        return loss
+
+    return step
+
+
+def our_training_without(choice, model, source, image_size, batch_size):
+    """`our_training`, but with one of its choices undone (or torch.compile, which it leaves to the user)."""
+    if choice == "freed memory kept":
+        training.keep_freed_memory = lambda: None
+    elif choice == "channels_last":
+        torch.channels_last = torch.contiguous_format  # what the network and its batches are told to be
+    with tempfile.TemporaryDirectory() as folder:
+        run = our_run(model, source, image_size, batch_size, folder)
+    net = run.model
+    if choice == "fused Adam":
+        run.optimizer = torch.optim.Adam(run.model.parameters(), lr=1e-3, foreach=False)
+    elif choice == "fused EMA":
+        for ema in run.emas.values():
+            ema.step_ema = plain_ema
+    elif choice == "torch.compile":
+        net = torch.compile(run.model)
+
+    def step():
+        loss = run.train_step(net, accumulate=1)
         run.step += 1
         return loss
 
@@ -535,7 +572,8 @@ def time_one_process(settings, out, steps):
 # --- quality: what needs training or thousands of samples ------------------------------------------------------------
 
 QUALITY_RUNS = ROOT / "runs/benchmark"
-SAMPLES, GUIDED_SAMPLES = 5000, 2000  # a guided one of the plain way costs ten unguided ones at T = 200
+SAMPLES, SHAPE_SAMPLES = 5000, 2000
+GUIDED_SAMPLES = 2000  # a guided one of the plain way costs ten unguided ones at T = 200
 
 
 def cached_samples(name, n, sample_batch, batch_size=500):
@@ -622,7 +660,7 @@ def quality_guided(name, effort, folder):
     return [quality_row(name, f"Frechet distance of {n} guided samples", plain, ours)]
 
 
-def train_and_measure(name, config, data, kind):
+def train_and_measure(name, config, data, kind, samples=SAMPLES):
     """Train (or go on training) runs/benchmark/NAME; Frechet distance of samples in 20 dpm steps."""
     steps = config["train"]["steps"]
     result = QUALITY_RUNS / name / f"quality_{steps}.json"
@@ -637,7 +675,7 @@ def train_and_measure(name, config, data, kind):
         with training.autocast(device, config["train"]["precision"]):
             return diffusion.sample(net, len(indices), shape, sampler="dpm", steps=20, seed=indices[0])
 
-    write_json(result, distance(cached_samples(f"{name}/samples_{steps}", SAMPLES, sample_batch)))
+    write_json(result, distance(cached_samples(f"{name}/samples_{steps}", samples, sample_batch)))
     return json.loads(result.read_text())
 
 
@@ -683,6 +721,37 @@ def quality_minutes(name, effort, folder):
     return [table_row(name, what, "min", plain, ours, True, note) | {"details": details}]
 
 
+def quality_shapes(name, effort, folder):
+    """Networks of other shapes: their speed, taken in turns, and what they reach in equal minutes at that speed."""
+    data, batch_size, seconds_path = load_data("fashion_mnist"), 128, QUALITY_RUNS / "shapes_seconds.json"
+    settings = {"source": "fashion_mnist", "image_size": 28, "batch_size": batch_size}
+    if not seconds_path.exists():
+        works = {shape: (our_training, settings | {"model": POINT_1 | model}) for shape, model in SHAPES.items()}
+        write_json(seconds_path, take_turns(works, effort, repeats=3)[0])
+    seconds, shapes = json.loads(seconds_path.read_text()), []
+    for i, (shape, model) in enumerate(SHAPES.items()):
+        config = our_config(POINT_1 | model, 28, batch_size)
+        config["diffusion"]["schedule"] = "cosine"
+        step_seconds = statistics.median(seconds[shape])
+        config["train"] |= {"loss": "l2", "steps": round(60 * SHAPE_MINUTES / step_seconds), "ema_start": 100}
+        reached = train_and_measure(f"shape_{i}", config, data, "ema", SHAPE_SAMPLES)
+        parameters = sum(p.numel() for p in training.build_model(POINT_1 | model).parameters())
+        shapes.append({"shape": shape, "parameters": parameters, "images_per_second": batch_size / step_seconds,
+                       "steps": config["train"]["steps"], **reached})  # fmt: skip
+    return [{"name": name, "what": f"Point 1's network: {SHAPE_MINUTES} minutes of each shape", "shapes": shapes}]
+
+
+def tried(name, effort, folder):
+    """Training steps of Point 1's network with one of our choices undone at a time."""
+    settings = {"model": POINT_1, "source": "fashion_mnist", "image_size": 28, "batch_size": 128}
+    without = ("channels_last", "freed memory kept", "fused Adam", "fused EMA")
+    works = {"as it is": (our_training, settings)}
+    works |= {f"without {c}": (our_training_without, settings | {"choice": c}) for c in without}
+    works["with torch.compile"] = (our_training_without, settings | {"choice": "torch.compile"})
+    seconds, _ = take_turns(works, effort)
+    return [growth_row(name, "a training step of Point 1's network", "s", seconds)]
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 BENCHMARKS = {
@@ -699,7 +768,10 @@ BENCHMARKS = {
     ),
     "growth": measure_growth,
 }
-QUALITY = {"quality_sample": quality_sampling, "quality_guided": quality_guided, "quality_minutes": quality_minutes}
+QUALITY = {
+    "tried": tried, "shapes": quality_shapes, "quality_sample": quality_sampling, "quality_guided": quality_guided,
+    "quality_minutes": quality_minutes,
+}  # fmt: skip
 EFFORT = {"quick": False, "repeats": 5, "seconds": 2.0, "matrix": 2048, "steps": 10}
 QUICK = {"quick": True, "repeats": 2, "seconds": 0.0, "matrix": 64, "steps": 1}
 
@@ -727,6 +799,12 @@ def print_row(row):
     if "points" in row:
         points = ", ".join(f"{x}: {format_value(p['median'], row['unit'])}" for x, p in row["points"].items())
         print(f"{row['what']}: {points}")
+        return
+    if "shapes" in row:
+        print(f"{row['what']}:")
+        for shape in row["shapes"]:
+            print(f"    {shape['shape']:<40} {shape['parameters']:>10,} parameters {shape['images_per_second']:>6.0f} images/s"
+                  f" {shape['steps']:>6} steps, Frechet distance {shape['frechet_distance']:.2f}")  # fmt: skip
         return
     plain, ours = (format_value(row[side]["median"], row["unit"]) for side in ("plain", "ours"))
     gain, turns = row["gain"], row["turns"]

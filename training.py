@@ -407,8 +407,10 @@ class Run:
         if self.world > 1:
             dist.barrier()  # rank 0 writes to the folder only when all have read it
         if self.rank == 0:
-            for unfinished in (*self.out.glob(".state_*.pt"), *self.out.glob(".model-*.safetensors")):
-                unfinished.unlink()  # killed while it was written
+            older = [p for p in sorted(self.out.glob("state_*.pt")) if path and p < path]
+            # what a kill left behind: files half written, an old state that was about to go
+            for leftover in (*self.out.glob(".*-????????.*"), *older[:-1]):
+                leftover.unlink()
         self.states, self.last_good = [], None
         if state is None:
             return None

@@ -673,11 +673,17 @@ def test_a_write_that_really_fails_halfway(finished, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"] and path.read_bytes() == b"the old one"
 
 
-def test_what_a_killed_write_left_is_cleared_away(tiny_data, tmp_path):
+def test_what_a_kill_left_is_cleared_away(tiny_data, tmp_path):
     (tmp_path / ".state_00000005_0123456789abcdef-89abcdef.pt").write_bytes(b"half a state")
+    train(tiny_config(steps=3), tiny_data, tmp_path)
     (tmp_path / ".model-89abcdef.safetensors").write_bytes(b"half a model")
-    train(tiny_config(steps=1), tiny_data, tmp_path)
-    assert no_leftovers(tmp_path)
+    (tmp_path / ".config-89abcdef.json").write_text("{")
+    good = set(tmp_path.glob("state_*.pt"))
+    for step in (0, 1):  # killed between writing a state and dropping the oldest
+        save_state(tmp_path, load_state(tmp_path)[0] | {"step": step}, good)
+    assert len(set(tmp_path.glob("state_*.pt")) | good) > 2
+    train(tiny_config(steps=3), tiny_data, tmp_path, resume=True)
+    assert no_leftovers(tmp_path) and len(set(tmp_path.glob("state_*.pt"))) == 2
 
 
 def test_idx_is_what_the_other_tests_think_it_is(tmp_path):
