@@ -756,8 +756,8 @@ def tried(name, effort, folder):
 
 BENCHMARKS = {
     "train_28": functools.partial(compare_training, model=POINT_1, image_size=28, batch_size=128),
-    "train_course_32": functools.partial(compare_training, model=COURSE, image_size=32, batch_size=32),
-    "train_course_64": functools.partial(compare_training, model=COURSE, image_size=64, batch_size=8, repeats=3),
+    "train_course_32": functools.partial(compare_training, model=COURSE, image_size=32, batch_size=32, repeats=3),
+    "train_course_64": functools.partial(compare_training, model=COURSE, image_size=64, batch_size=8, repeats=2),
     "sample": compare_sampling,
     "guided": compare_guided,
     "data_fashion_mnist": functools.partial(

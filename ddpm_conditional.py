@@ -11,6 +11,8 @@ prediction; sampling combines the two (`ddpm.guided`).
 import json
 from pathlib import Path
 
+import torch
+
 import cli
 import evaluate
 import training
@@ -38,6 +40,10 @@ def run_sweep(args):
         if model.num_classes is None:
             raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
         shape = (model.channels, *[config["data"]["image_size"]] * 2)
+        data_name = args.data or config["data"].get("name")
+        if data_name is None:
+            raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")
+        evaluate.check_shape(evaluate.load_features(data_name), torch.empty(0, *shape))  # before the work, not after it
         labels = cli.parse_labels("all", args.n, model.num_classes)
         for scale in args.scales:
             if any(row["weights"] == weights and row["cfg_scale"] == scale for row in rows):
@@ -47,7 +53,7 @@ def run_sweep(args):
                 images = diffusion.sample(model, args.n, shape, labels=labels, cfg_scale=scale, sampler="ddpm",
                                           steps=args.steps, seed=args.seed, progress=bar)  # fmt: skip
             quality = evaluate.evaluate_samples(
-                to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy(), config["data"]["name"], need_labels=True
+                to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy(), data_name, need_labels=True
             )
             rows.append({"weights": weights, "cfg_scale": scale, "quality": quality})
             say(f"{weights}, cfg_scale {scale:g}: Frechet distance {quality['frechet_distance']:.2f}, "
@@ -61,6 +67,7 @@ def main(argv=None):
     help = "measure quality against the guidance scale, with raw and averaged weights"
     sweep = commands.add_parser("sweep", help=help)
     sweep.add_argument("--checkpoint", type=Path, required=True, help="a conditional checkpoint")
+    sweep.add_argument("--data", help="the data set to compare with (default: the one the model was trained on)")
     sweep.add_argument("--weights", nargs="+", default=["raw", "ema"], help="raw, ema, or ema_BETA")
     sweep.add_argument("--scales", nargs="+", type=number(float, 0), default=SCALES, help="guidance scales")
     sweep.add_argument("--n", type=positive, default=2000, help="samples per setting, spread over the classes")

@@ -100,10 +100,12 @@ def measure(name, folder, n, device):
         save_grid(images[:64], folder / picture, columns=8)
         return evaluate.evaluate_samples(images.permute(0, 2, 3, 1).numpy(), data_name=data)
 
+    test = to_model(load_data(data, "test", size).images[:1000])
     result = {
         "name": name, "sha256": evaluate.sha256(path), "config": config, "final_loss": losses[-200:].mean().item(),
         "sampler": SAMPLER | {"n": n}, "quality": sample_and_measure("samples.png"),
-        "noise_error": evaluate.noise_error(model, diffusion, to_model(load_data(data, "test", size).images[:1000])),
+        "noise_error": evaluate.noise_error(model, diffusion, test),
+        "likelihood": evaluate.variational_bound(model, diffusion, test),
     }  # fmt: skip
     if diffusion.alphas_cumprod[-1] > 0.01:
         # The forward process stops short of noise: is the network to blame, or the N(0, I) that sampling starts from?

@@ -3,6 +3,7 @@
     python report/build.py notebooks [NAME ...]      execute notebooks/NAME.ipynb (default: all) into build/
     python report/build.py notebooks --inplace       the same, and keep the outputs in notebooks/ (for authors)
     python report/build.py pdf --lastname Perez      typeset report/report.typ as report/Perez_DDPM.pdf
+    python report/build.py tables                    fill in the tables of the README files (for authors)
 
 The report shows a figure or a number only where its file is there, and only if the weights and statistics that it was
 made from are those in checkpoints/: what is out of date is an error that says what to run.
@@ -20,6 +21,7 @@ ROOT = REPORT.parent
 sys.path.insert(0, str(ROOT))
 
 from figures import CHECKPOINTS, FIGURES, RESULTS, sha256  # noqa: E402
+from report import tables  # noqa: E402
 from utils import UserError, atomic_path, command_line, progress  # noqa: E402
 
 TIMESTAMP = 1_700_000_000  # of every PDF, so that equal contents are equal bytes
@@ -137,6 +139,13 @@ def run_pdf(args):
     print(f"wrote {path.relative_to(ROOT)}")
 
 
+def run_tables(args):
+    for path, text in tables.filled().items():
+        with atomic_path(path) as temporary:
+            temporary.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -147,6 +156,7 @@ def main(argv=None):
     pdf = commands.add_parser("pdf", help="typeset the report")
     pdf.add_argument("--lastname", default="Lastname", help="the name on it and in its file name (default: Lastname)")
     pdf.set_defaults(run=run_pdf)
+    commands.add_parser("tables", help="fill in the tables of the README files").set_defaults(run=run_tables)
     args = parser.parse_args(argv)
     args.run(args)
 

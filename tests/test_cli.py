@@ -510,6 +510,11 @@ def test_bad_grid_and_sweep(plain, classes, tmp_path, refused):
     flags = ["sweep", "--checkpoint", plain, "--out", tmp_path / "x.json"]
     assert "no classes" in refused(ddpm_conditional.main, *flags)
     assert "nowhere" in refused(ddpm_conditional.main, *flags, "--checkpoint", tmp_path / "nowhere.safetensors")
+    course = tmp_path / "course.pt"
+    torch.save(UNet_conditional(num_classes=3, channels=1, width=4).state_dict(), course)
+    assert "add --data" in refused(ddpm_conditional.main, *flags, "--checkpoint", course, "--weights", "raw")
+    error = refused(ddpm_conditional.main, *flags, "--checkpoint", course, "--weights", "raw", "--data", "fashion_mnist")
+    assert "64 x 64" in error and "28 x 28" in error
     (tmp_path / "x.json").write_text("{not json")
     assert "x.json" in refused(ddpm_conditional.main, *flags, "--checkpoint", classes)
     assert (tmp_path / "x.json").read_text() == "{not json"

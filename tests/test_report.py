@@ -10,7 +10,7 @@ import torch
 import typst
 
 import figures
-from report import build
+from report import build, tables
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +95,18 @@ def test_bad_last_name(name, refused):
 @pytest.mark.parametrize("name", ["Perez", "de la Cruz", "O'Neil", "Müller-Lüdenscheidt"])
 def test_good_last_name(name, tmp_path):
     assert build.build_pdf(name, tmp_path / "out.pdf").exists()
+
+
+def test_tables_are_what_the_results_say():
+    """`python report/build.py tables` would change nothing."""
+    for path, text in tables.filled().items():
+        assert path.read_text() == text, f"{path} is out of date: run `python report/build.py tables`"
+
+
+def test_unknown_table():
+    assert tables.fill("<!-- reliability -->\nold\n<!-- end -->") != "<!-- reliability -->\nold\n<!-- end -->"
+    with pytest.raises(UserError, match="no table 'nonsense'"):
+        tables.fill("<!-- nonsense -->\n<!-- end -->")
 
 
 # --- figures -----------------------------------------------------------------------------------------------------------

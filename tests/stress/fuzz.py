@@ -184,7 +184,7 @@ def flags_of(*flags):
 
 out_names = st.one_of(
     st.sampled_from(["out/x.png", "out/x.gif", "out/x.npz", "out/x.json", "out/x.safetensors", "out", "out/a/b/c.png", "",
-                     "out/x", "out/x.PNG", "out/../out/y.npz", "/dev/null", "/dev/full", "/proc/x.png", "data/cats/0.png/x.gif",
+                     "out/x", "out/x.PNG", "out/../out/y.npz", "/dev/null", "/dev/full", "/proc/x.png", "photos/dogs/0.png/x.gif",
                      "out/" + 300 * "a" + ".png", "out/ü \n.npz", "out/.png", ".", "out/-.gif"]),
     texts.map(lambda t: f"out/{t.replace('/', '_')}.png"),
 )  # fmt: skip

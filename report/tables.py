@@ -1,0 +1,168 @@
+"""The tables of README.md and checkpoints/README.md, from report/results/*.json and the checkpoints themselves.
+
+    python report/build.py tables        fill them in again
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`, and is replaced whole. So no measured number in those files
+is typed by hand, and a test can tell when one is out of date.
+"""
+
+import re
+
+from figures import CHECKPOINTS, RESULTS, read_result
+from training import read_checkpoint
+from utils import ROOT, UserError
+
+PAGES = ("README.md", "checkpoints/README.md")
+DATA = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "landscapes": "landscapes"}
+TARGETS = {  # gains, set for a CPU with bfloat16 units
+    "train_28": 2.5, "train_course_32": 2.5, "train_course_64": 2.5, "train_course_64_memory": 3, "sample": 20, "guided": 60,
+    "data_fashion_mnist": 50, "data_crops": 10, "quality_minutes": 5,
+}  # fmt: skip
+
+
+def table(header, rows):
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def quality_cells(q):
+    interval = q["frechet_bootstrap"]["interval_95"]
+    labels = q.get("labels")
+    return [f"{q['frechet_distance']:.3f}", f"{interval[0]:.3f} to {interval[1]:.3f}", f"{q['precision']:.2f}", f"{q['recall']:.2f}",
+            f"{labels['agreement']:.1%}" if labels else "", f"{q['samples']:,}"]  # fmt: skip
+
+
+def results_table():
+    """The models that ship, in a line each: the grid's best and worst, longer trainings, guided and not."""
+    from ddpm_unconditional import GRID
+
+    rows = []
+    runs = sorted((r for r in (read_result("grid") or {"runs": []})["runs"] if r["name"] in GRID),
+                  key=lambda r: r["quality"]["frechet_distance"])  # fmt: skip
+    for which, run in {"best": runs[:1], "worst": runs[1:][-1:]}.items():
+        for r in run:
+            name = f"{which} of {len(runs)} experiments: {r['config']['diffusion']['schedule']}, {r['config']['train']['loss']}"
+            rows.append([f"Fashion-MNIST, {name}", *quality_cells(r["quality"])])
+    for path in sorted(RESULTS.glob("samples_*.json")):
+        result = read_result(path.stem)
+        rows.append([f"{DATA[result['data']]}, `{result['checkpoint']}`", *quality_cells(result)])
+    for path in sorted(RESULTS.glob("sweep_*.json")):
+        sweep = read_result(path.stem)
+        best = min((r for r in sweep["rows"] if r["weights"] == "ema"), key=lambda r: r["quality"]["frechet_distance"])
+        for r in sweep["rows"]:
+            note = ", its best scale" if r is best else ""
+            if r["cfg_scale"] in (1, 3) or note:
+                name = f"{DATA[r['quality']['data']]}, conditional, {r['weights']} weights, `cfg_scale` {r['cfg_scale']:g}{note}"
+                rows.append([name, *quality_cells(r["quality"])])
+    return table(["model", "Fréchet", "95% interval", "precision", "recall", "label agreement", "samples"], rows)
+
+
+def features_table():
+    rows = []
+    for name in DATA:
+        sanity = read_result(f"sanity_{name}")
+        if sanity:
+            _, facts = read_features(name)
+            floor = next(row for row in sanity["sets"] if row["name"] == "train")
+            rows.append([DATA[name], f"{facts['test_accuracy']:.2%}", str(sanity["features"]["dimensions"]),
+                         f"{floor['frechet_distance']:.3f} at {floor['count']:,} images"])  # fmt: skip
+    return table(["classifier of", "test accuracy", "features", "train against test, the floor"], rows)
+
+
+def read_features(name):
+    from evaluate import read_file
+
+    return read_file(CHECKPOINTS / f"features_{name}.safetensors", "")
+
+
+def speed_table():
+    benchmark = read_result("benchmark")
+    rows = []
+    for row in benchmark["rows"]:
+        if "gain" in row:
+            value = [f"{number(row[side]['median'])} {row['unit']}" for side in ("plain", "ours")]
+            gain = f"{row['gain']['median']:.3g}x"
+            if row["turns"] > 1:
+                gain += f" ({row['gain']['min']:.3g} to {row['gain']['max']:.3g})"
+            target = f"{TARGETS[row['name']]:g}x" if row["name"] in TARGETS else ""
+            rows.append([row["what"].strip(), *value, gain, target])
+    machine = benchmark["machine"]
+    cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}, bfloat16 {'yes' if machine['bfloat16'] else 'no'}"
+    return table(["work", "plain", "ours", "gain (min to max)", "aim"], rows) + f"\n\nMeasured on: {cpu}, torch {machine['torch']}."
+
+
+def number(x):
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def tried_table():
+    """What was tried for speed and for the network's shape, from the rows of benchmark.json that are no comparisons."""
+    rows = {row["name"]: row for row in read_result("benchmark")["rows"]}
+    parts = []
+    if tried := rows.get("tried"):
+        as_it_is = tried["points"]["as it is"]["median"]
+        lines = [[what, f"{point['median']:.3f} s", f"{as_it_is / point['median'] - 1:+.0%}"] for what, point in tried["points"].items()]
+        parts.append(table(["a training step of Point 1's network", "median", "speed"], lines))
+    if shapes := rows.get("shapes"):
+        lines = [[s["shape"], f"{s['parameters']:,}", f"{s['images_per_second']:.0f}", f"{s['steps']:,}", f"{s['frechet_distance']:.2f}"]
+                 for s in sorted(shapes["shapes"], key=lambda s: s["frechet_distance"])]  # fmt: skip
+        parts.append(table([shapes["what"], "parameters", "images/s", "steps", "Fréchet"], lines))
+    return "\n\n".join(parts) or "Not measured yet: `python benchmark.py --only tried shapes`."
+
+
+def reliability_lines():
+    r = read_result("reliability")
+    kill, disk, fuzz = r["kill"], r["disk_full"], r["fuzz"]
+    train, other = disk["training"], disk["sample_publish_unpack"]
+    return "\n".join([
+        f"- `{kill['command']}`: {sum(kill['kills'].values())} kills, {kill['kills']['inside a save']} of them inside a save: "
+        f"{kill['runs_identical_to_the_unkilled']} of {kill['runs_finished']} finished runs have the bits of the unkilled one, "
+        f"{kill['unreadable_states_or_checkpoints']} unreadable files, {kill['saved_steps_lost']} saved steps lost.",
+        f"- `{disk['command']}`: the disk was full at {train['faults'] + other['faults']} moments; "
+        f"{train['survived_and_resumed_to_the_same_bits'] + other['survived_with_nothing_half_written']} times nothing was lost or half-written.",
+        f"- `{fuzz['command']}`: {fuzz['cases']:,} cases of odd flags and damaged files, {fuzz['refused_with_one_line']:,} refused with one line; "
+        f"tracebacks, hangs, half-written outputs, files in wrong places: {fuzz['tracebacks_hangs_half_written_or_outside']}.",
+    ])  # fmt: skip
+
+
+def checkpoints_table():
+    """Every published model: what it was trained on, for how long, and its numbers."""
+    grid = {f"grid_{r['name']}": r["quality"] for r in (read_result("grid") or {"runs": []})["runs"]}
+    rows = []
+    for path in sorted(CHECKPOINTS.glob("*.safetensors")):
+        if path.stem.startswith(("features_", "reference_")):
+            continue
+        tensors, config = read_checkpoint(path)
+        kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
+        train, diffusion = config["train"], config["diffusion"]
+        seen = train["steps"] * train["batch_size"]
+        how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}" + (", vlb" if diffusion["objective"] == "vlb" else "")
+        q = grid.get(path.stem) or read_result(f"samples_{path.stem}")
+        if sweep := read_result(f"sweep_{path.stem.removesuffix('_conditional')}"):
+            q = q or min((r["quality"] for r in sweep["rows"] if r["weights"] == "ema"), key=lambda q: q["frechet_distance"])
+        rows.append([f"`{path.stem}`", DATA.get(config["data"]["name"], ""), how, f"{seen / 1e6:.2f} M ({seen / config['data']['images']:.3g} epochs)",
+                     str(train["seed"]), ", ".join(kinds), f"{path.stat().st_size / 1e6:.1f} MB",
+                     f"{q['frechet_distance']:.3f}" if q else ""])  # fmt: skip
+    return table(["file", "data", "diffusion", "images seen", "seed", "weights", "size", "Fréchet"], rows)
+
+
+TABLES = {
+    "results": results_table, "features": features_table, "speed": speed_table, "tried": tried_table,
+    "reliability": reliability_lines, "checkpoints": checkpoints_table,
+}  # fmt: skip
+
+
+def fill(text):
+    """`text` with every table made anew. Raises UserError for a name that no table has."""
+
+    def replace(match):
+        if match[1] not in TABLES:
+            raise UserError(f"there is no table {match[1]!r}: choose from {', '.join(TABLES)}")
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def filled():
+    """{page: its text with every table made anew}"""
+    return {ROOT / page: fill((ROOT / page).read_text()) for page in PAGES}
