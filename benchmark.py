@@ -15,6 +15,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -37,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import evaluate
+import modules
 import training
 import utils
 from cli import write_json
@@ -268,6 +270,10 @@ def our_training_without(choice, model, source, image_size, batch_size):
         training.keep_freed_memory = lambda: None
     elif choice == "channels_last":
         torch.channels_last = torch.contiguous_format  # what the network and its batches are told to be
+    elif choice == "norm's groups of 32 channels":
+        modules.norm = lambda dim, affine=True: torch.nn.GroupNorm(math.gcd(8, dim), dim, affine=affine)
+    elif choice == "float32 in attention":
+        modules.Attention.attend = lambda layer, q, k, v: F.scaled_dot_product_attention(q, k, v)
     with tempfile.TemporaryDirectory() as folder:
         run = our_run(model, source, image_size, batch_size, folder)
     net = run.model
@@ -660,8 +666,8 @@ def quality_guided(name, effort, folder):
     return [quality_row(name, f"Frechet distance of {n} guided samples", plain, ours)]
 
 
-def train_and_measure(name, config, data, kind, samples=SAMPLES):
-    """Train (or go on training) runs/benchmark/NAME; Frechet distance of samples in 20 dpm steps."""
+def train_and_measure(name, config, data, kind, samples=None):
+    """Train (or go on training) runs/benchmark/NAME; Frechet distance of (by default SAMPLES) samples in 20 dpm steps."""
     steps = config["train"]["steps"]
     result = QUALITY_RUNS / name / f"quality_{steps}.json"
     if result.exists():
@@ -675,7 +681,7 @@ def train_and_measure(name, config, data, kind, samples=SAMPLES):
         with training.autocast(device, config["train"]["precision"]):
             return diffusion.sample(net, len(indices), shape, sampler="dpm", steps=20, seed=indices[0])
 
-    write_json(result, distance(cached_samples(f"{name}/samples_{steps}", samples, sample_batch)))
+    write_json(result, distance(cached_samples(f"{name}/samples_{steps}", samples or SAMPLES, sample_batch)))
     return json.loads(result.read_text())
 
 
@@ -744,7 +750,8 @@ def quality_shapes(name, effort, folder):
 def tried(name, effort, folder):
     """Training steps of Point 1's network with one of our choices undone at a time."""
     settings = {"model": POINT_1, "source": "fashion_mnist", "image_size": 28, "batch_size": 128}
-    without = ("channels_last", "freed memory kept", "fused Adam", "fused EMA")
+    without = ("channels_last", "norm's groups of 32 channels", "float32 in attention", "freed memory kept", "fused Adam",
+               "fused EMA")  # fmt: skip
     works = {"as it is": (our_training, settings)}
     works |= {f"without {c}": (our_training_without, settings | {"choice": c}) for c in without}
     works["with torch.compile"] = (our_training_without, settings | {"choice": "torch.compile"})

@@ -58,7 +58,7 @@ def make_parser(description, defaults, conditional=False):
 def add_train_flags(parser, conditional):
     add = parser.add_argument
     add("--data", default="fashion_mnist", help="fashion_mnist, cifar10, cifar10-64, landscapes, or a folder of images")
-    add("--image-size", type=positive, help="side of the training images (default: the data's own)")
+    add("--image-size", type=number(int, 1, 4096), help="side of the training images (default: the data's own)")
     add("--flip", action=argparse.BooleanOptionalAction, help="random horizontal flips (default: as suits the data)")
     add("--schedule", choices=SCHEDULES, default="linear", help="the beta schedule")
     add("--timesteps", type=positive, default=1000, metavar="T", help="steps of the diffusion process")
@@ -104,7 +104,7 @@ def add_sample_flags(parser, conditional):
     if conditional:
         add("--labels", default="all", help="all, none, or class indices such as 0,1,2; --n is spread over them")
         add("--cfg-scale", type=number(float, 0), default=0.0, help="guidance: 0 (or 1) none")
-    add("--batch-size", type=positive, default=250, help="images denoised at once")
+    add("--batch-size", type=positive, default=250, help="images denoised at once (a .gif: all)")
     add("--seed", type=natural, default=0, help="image i depends on (seed, i) only")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--out", type=Path, required=True, help="what to write: .png (grid), .gif (denoising) or .npz (all samples)")
@@ -156,15 +156,16 @@ def run_train(args):
         make_config(args, data), data, args.out, args.resume, args.device, args.minutes,
         args.sample_every, args.compile, args.accumulate, args.init,
     )  # fmt: skip
-    print(f"wrote {path}")
+    if training.is_main():
+        print(f"wrote {path}")
 
 
 # --- sample ----------------------------------------------------------------------------------------------------------
 
 
 def parse_labels(text, n, num_classes):
-    """n labels for --labels: the classes asked for, each as often as the others (the first ones once more if need be)."""
-    if text == "none" or num_classes is None:
+    """n labels for --labels: the classes asked for in turn, so that image i's label does not depend on n."""
+    if text == "none" or not num_classes:
         if text not in ("none", "all"):
             raise UserError("this checkpoint has no classes: leave --labels out")
         return None
@@ -174,7 +175,7 @@ def parse_labels(text, n, num_classes):
         raise UserError(f"--labels is all, none, or class indices such as 0,1,2, not {text!r}") from None
     if wrong := [label for label in chosen if not 0 <= label < num_classes]:
         raise UserError(f"label {wrong[0]} is out of range: this checkpoint has the classes 0 to {num_classes - 1}")
-    return torch.tensor([chosen[i * len(chosen) // max(n, len(chosen))] for i in range(n)])
+    return torch.tensor([chosen[i % len(chosen)] for i in range(n)])
 
 
 def run_sample(args):
@@ -197,11 +198,14 @@ def run_sample(args):
             steps = diffusion.trajectory(model, shape, range(args.n), **options)
             frames = [to_uint8(x).cpu() for x in progress(steps, unit="step", desc="sampling")]
         else:
-            bar = functools.partial(progress, unit="batch", desc="sampling")
+            bar = functools.partial(progress, unit="step", desc="sampling")
             images = to_uint8(diffusion.sample(model, args.n, shape, batch_size=args.batch_size, progress=bar, **options))
     columns = math.ceil(args.n**0.5)
     if suffix == ".npz":
-        save_samples(args.out, images, labels)
+        source = {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": weights or "default",
+                  "seed": args.seed, "cfg_scale": cfg_scale, "sampler": args.sampler, "eta": args.eta,
+                  "steps": diffusion.step_count(args.sampler, args.steps)}  # fmt: skip
+        save_samples(args.out, images, labels, source)
     elif suffix == ".png":
         save_grid(images, args.out, columns)
     else:

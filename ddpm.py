@@ -18,7 +18,7 @@ from torch.nn import functional as F
 SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid")
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 OBJECTIVES = ("simple", "vlb")
-SAMPLERS = ("ddpm", "ddim", "dpm")
+SAMPLERS = {"ddpm": None, "ddim": 50, "dpm": 20}  # and their default numbers of steps; None: all T
 BETA_START, BETA_END = 1e-4, 0.02  # chosen by Ho et al. for T = 1000
 MAX_TIMESTEPS = 100_000
 
@@ -198,9 +198,9 @@ class Diffusion:
     ):  # fmt: skip
         """Yield every x_t (N x C x H x W) of the images numbered `indices`; image i's noise depends on (seed, i) alone.
 
-        shape is C x H x W; labels int64 N or None; x_T replaces the starting noise. steps: None is the sampler's own
-        default (ddpm: all T; ddim: 50; dpm: 20).
+        shape is C x H x W; labels int64 N or None; x_T replaces the starting noise; steps: None is the sampler's default.
         """
+        steps = self.step_count(sampler, steps)
         device = self.betas.device
         draw = ImageNoise(seed, indices, shape, device)
         x = draw() if x_T is None else x_T.to(device)
@@ -208,23 +208,36 @@ class Diffusion:
         if sampler == "ddpm":
             return (yield from self.ddpm_sampler(eps_model, x, draw, steps, variance, clip))
         if sampler == "ddim":
-            return (yield from self.ddim_sampler(eps_model, x, draw, steps or min(50, self.timesteps), eta, clip))
-        if sampler == "dpm":
-            return (yield from self.dpm_sampler(eps_model, x, steps or min(20, self.timesteps), clip))
-        raise ValueError(f"unknown sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
+            return (yield from self.ddim_sampler(eps_model, x, draw, steps, eta, clip))
+        return (yield from self.dpm_sampler(eps_model, x, steps, clip))
 
-    def sample(self, model, n, shape, labels=None, batch_size=250, x_T=None, progress=iter, **options):
-        """n samples, n x C x H x W on the CPU, in batches; options as for `trajectory`."""
-        batches = []
-        for first in progress(range(0, n, batch_size)):
+    def step_count(self, sampler, steps=None):
+        """How many steps a sampler takes: `steps`, or its default where that is None."""
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
+        return steps or min(SAMPLERS[sampler] or self.timesteps, self.timesteps)
+
+    def sample(self, model, n, shape, labels=None, batch_size=250, x_T=None, progress=None, **options):
+        """n samples, n x C x H x W on the CPU, in batches; options as for `trajectory`.
+
+        progress(total=...): makes a bar, such as tqdm's, that is moved on after every step of every batch.
+        """
+        firsts, samples = range(0, n, batch_size), []
+        steps = self.step_count(options.get("sampler", "ddim"), options.get("steps"))
+        bar = progress(total=steps * len(firsts)) if progress else None
+        for first in firsts:
             part = slice(first, min(first + batch_size, n))
-            for x in self.trajectory(  # noqa: B007 - only the last x_t is wanted
+            trajectory = self.trajectory(
                 model, shape, range(part.start, part.stop),
                 labels=None if labels is None else labels[part], x_T=None if x_T is None else x_T[part], **options,
-            ):  # fmt: skip
-                pass
-            batches.append(x.float().cpu())
-        return torch.cat(batches)
+            )  # fmt: skip
+            for i, x in enumerate(trajectory):
+                if bar is not None and i > 0:
+                    bar.update()
+            samples.append(x.float().cpu())
+        if bar is not None:
+            bar.close()
+        return torch.cat(samples)
 
 
 class ImageNoise:

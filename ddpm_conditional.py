@@ -8,7 +8,9 @@ Training drops some labels (`training.draw_batch`), so that one network learns t
 prediction; sampling combines the two (`ddpm.guided`).
 """
 
+import functools
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -25,30 +27,36 @@ def run_sweep(args):
     """Measure the samples of each kind of weights at each guidance scale; what --out already holds is not done again."""
     sha256 = evaluate.sha256(args.checkpoint)
     settings = {"checkpoint": args.checkpoint.name, "sha256": sha256, "sampler": {"sampler": "ddpm", "steps": args.steps},
-                "n": args.n, "seed": args.seed}  # fmt: skip
+                "n": args.n, "seed": args.seed, "data": args.data}  # fmt: skip
     rows = []
     if args.out.exists():
         try:
             previous = json.loads(args.out.read_text())
-            if all(previous[name] == value for name, value in settings.items()):
-                rows = previous["rows"]
+            same = all(previous[name] == value for name, value in settings.items())
+            rows = previous["rows"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{args.out} is not a result of this command: use another --out") from error
+        if not same:
+            raise UserError(f"{args.out} was measured with other settings or weights: delete it, or use another --out")
     device = pick_device(args.device)
     for weights in args.weights:
         model, diffusion, config = training.load_checkpoint(args.checkpoint, weights, device)
         if model.num_classes is None:
             raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
+        if args.steps > diffusion.timesteps:
+            raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
         shape = (model.channels, *[config["data"]["image_size"]] * 2)
         data_name = args.data or config["data"].get("name")
         if data_name is None:
             raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")
-        evaluate.check_shape(evaluate.load_features(data_name), torch.empty(0, *shape))  # before the work, not after it
+        net = evaluate.load_features(data_name)
+        evaluate.check_shape(net, torch.empty(0, *shape))  # before the work, not after it
+        evaluate.check_count(args.n, net.head.in_features)
         labels = cli.parse_labels("all", args.n, model.num_classes)
         for scale in args.scales:
             if any(row["weights"] == weights and row["cfg_scale"] == scale for row in rows):
                 continue
-            bar = lambda batches: progress(batches, unit="batch", desc=f"{weights}, cfg_scale {scale:g}")  # noqa: B023, E731
+            bar = functools.partial(progress, unit="step", desc=f"{weights}, cfg_scale {scale:g}")
             with training.autocast(device):
                 images = diffusion.sample(model, args.n, shape, labels=labels, cfg_scale=scale, sampler="ddpm",
                                           steps=args.steps, seed=args.seed, progress=bar)  # fmt: skip
@@ -58,7 +66,7 @@ def run_sweep(args):
             rows.append({"weights": weights, "cfg_scale": scale, "quality": quality})
             say(f"{weights}, cfg_scale {scale:g}: Frechet distance {quality['frechet_distance']:.2f}, "
                 f"label agreement {quality['labels']['agreement']:.1%}")  # fmt: skip
-            cli.write_json(args.out, {"command": "python ddpm_conditional.py sweep", **settings, "rows": rows})
+            cli.write_json(args.out, {"command": args.command, **settings, "rows": rows})
     print(f"wrote {args.out}: {len(rows)} settings")
 
 
@@ -77,6 +85,7 @@ def main(argv=None):
     sweep.add_argument("--out", type=Path, required=True, help="the .json to write, or to go on with")
     sweep.set_defaults(run=run_sweep)
     args = parser.parse_args(argv)
+    args.command = " ".join(["python ddpm_conditional.py", *map(str, sys.argv[1:] if argv is None else argv)])
     args.run(args)
 
 

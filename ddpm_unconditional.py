@@ -56,6 +56,7 @@ def run_grid(args):
 
     Several of these commands share the work: an experiment that another process holds is left to it.
     """
+    check_measurable(args)
     names = args.only or list(GRID)
     if unknown := [name for name in names if name not in EXPERIMENTS]:
         raise UserError(f"no experiment is called {unknown[0]!r}: choose from {', '.join(EXPERIMENTS)}")
@@ -66,8 +67,9 @@ def run_grid(args):
             if not (folder / "model.safetensors").exists():
                 settings = argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True})
                 cli.run_train(settings)
-            if not (folder / "result.json").exists():
-                measure(name, folder, args.n, args.device)
+            with training.locked(folder):
+                if training.is_main() and not (folder / "result.json").exists():
+                    measure(name, folder, args.n, args.device)
         except training.Held as held:
             say(str(held))
     results = [json.loads(path.read_text()) for name in EXPERIMENTS if (path := args.out / name / "result.json").exists()]
@@ -81,8 +83,18 @@ def run_grid(args):
         published = json.loads(path.read_text())["runs"] if path.exists() else []  # by other machines, perhaps
         rows = {result["name"]: result for result in published + results}
         runs = [rows[name] for name in EXPERIMENTS if name in rows]
-        cli.write_json(path, {"command": "python ddpm_unconditional.py grid --publish", "runs": runs})
+        command = f"python ddpm_unconditional.py grid --publish --only {' '.join(run['name'] for run in runs)}"
+        cli.write_json(path, {"command": command, "runs": runs})
     print(f"wrote {args.out / 'grid.json'}: {len(results)} experiments")
+
+
+def check_measurable(args):
+    """Raise UserError where `measure` would: better before the training than after it."""
+    if args.timesteps < SAMPLER["steps"]:
+        raise UserError(f"the experiments are sampled in {SAMPLER['steps']} steps: --timesteps must be at least that")
+    net = evaluate.load_features(args.data)
+    evaluate.check_shape(net, load_data(args.data, "test", args.image_size).images[:1])
+    evaluate.check_count(args.n, net.head.in_features)
 
 
 def measure(name, folder, n, device):
@@ -94,9 +106,10 @@ def measure(name, folder, n, device):
     data, size = config["data"]["name"], config["data"]["image_size"]
 
     def sample_and_measure(picture, x_T=None):
-        bar = functools.partial(progress, unit="batch", desc=f"sampling {name}")
+        bar = functools.partial(progress, unit="step", desc=f"sampling {name}")
         shape = (model.channels, size, size)
-        images = to_uint8(diffusion.sample(model, n, shape, **SAMPLER, progress=bar, x_T=x_T))
+        with training.autocast(diffusion.betas.device):
+            images = to_uint8(diffusion.sample(model, n, shape, **SAMPLER, progress=bar, x_T=x_T))
         save_grid(images[:64], folder / picture, columns=8)
         return evaluate.evaluate_samples(images.permute(0, 2, 3, 1).numpy(), data_name=data)
 
@@ -111,7 +124,8 @@ def measure(name, folder, n, device):
         # The forward process stops short of noise: is the network to blame, or the N(0, I) that sampling starts from?
         x0 = to_model(load_data(data, "train", size).images[:n])
         noise = torch.randn(x0.shape, generator=generator(0, 2))
-        x_T = diffusion.q_sample(x0, torch.full((len(x0),), diffusion.timesteps - 1), noise)
+        x0, noise = x0.to(diffusion.betas.device), noise.to(diffusion.betas.device)
+        x_T = diffusion.q_sample(x0, torch.full((len(x0),), diffusion.timesteps - 1, device=x0.device), noise)
         result["quality_from_true_x_T"] = sample_and_measure("samples_from_true_x_T.png", x_T)
     cli.write_json(folder / "result.json", result)
 

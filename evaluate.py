@@ -37,6 +37,7 @@ from utils import (
     ImageData,
     UserError,
     atomic_path,
+    check_writable,
     command_line,
     generator,
     load_data,
@@ -45,6 +46,7 @@ from utils import (
     pick_device,
     positive,
     progress,
+    samples_source,
     say,
     sha256,
     to_model,
@@ -159,7 +161,10 @@ def train_features(name: str, seed: int = 0) -> dict:
     identity = json.dumps([architecture, recipe, seed, len(train)])
     history: list[dict] = []
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # torch.load raises whatever the bytes happen to provoke
+            raise UserError(f"{path} is damaged: delete it to start again") from error
         if state["identity"] == identity and len(state["history"]) < len(epochs):
             net.load_state_dict(state["net"])
             optimizer.load_state_dict(state["optimizer"])
@@ -243,6 +248,8 @@ def read_file(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:
 
 def load_features(name: str | Path) -> FeatureNet:
     """The feature classifier of data set `name` from checkpoints/. Raises UserError."""
+    if str(name) != Path(name).name and not Path(name).is_dir():
+        raise UserError(f"there is no folder {name}")
     path = checkpoint_path("features", name)
     known = ", ".join(sorted(p.stem.removeprefix("features_") for p in CHECKPOINTS.glob("features_*.safetensors")))
     hint = f"`python evaluate.py train-features {name}` makes it (there is one of: {known or 'no data set'})"
@@ -595,7 +602,7 @@ def noise_error(model, diffusion, images: torch.Tensor, labels: torch.Tensor | N
     between models of one T and schedule whatever loss they were trained with.
     """
     T = diffusion.timesteps
-    edges = sorted({round(i * T / bins) for i in range(bins + 1)})
+    edges = sorted({round(i * T / min(bins, T)) for i in range(min(bins, T) + 1)})
     per_range, total, variance = [], 0.0, 0.0
     for i, (first, last) in enumerate(progress(list(zip(edges[:-1], edges[1:], strict=True)), desc="noise error")):
         g = generator(seed, i)
@@ -723,9 +730,11 @@ def sanity(data_name: str, n: int = 5000, seed: int = 0) -> dict:
     reference, facts = load_reference(data_name, net)
     g = generator(seed)
     n = min(n, len(train))
+    check_count(n, net.head.in_features)
     order = torch.randperm(len(train), generator=g)
     x = train.images[order[:n]]
-    sets = {"train": x}
+    test = load_data(data_name, "test").images
+    sets = {"test": test[:n], "train": x}
     for sigma in (0.5, 1.0, 2.0):
         sets[f"blurred {sigma:g} px"] = blur(x, sigma)
     for sigma in (0.05, 0.1, 0.2, 0.4):
@@ -773,7 +782,7 @@ def count_curve(net: FeatureNet, train: ImageData, reference: dict, seed: int, r
 def run_samples(args) -> dict:
     images, labels = load_samples(args.samples)
     result = evaluate_samples(images, labels, args.data, args.features, args.k, args.seed, args.bootstrap, args.labels)
-    return {"file": args.samples.name, "sha256": sha256(args.samples), **result}
+    return {"file": args.samples.name, "file_sha256": sha256(args.samples), **samples_source(args.samples), **result}
 
 
 def run_train_features(args) -> dict:
@@ -854,6 +863,8 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] not in commands:
         argv.insert(0, "samples")
     args = parser.parse_args(argv)
+    if args.json_out:
+        check_writable(args.json_out)  # better before the work than after it
     result = {"command": " ".join(["python evaluate.py", *argv]), **args.run(args)}
     text = json.dumps(result, indent=2, allow_nan=False)
     print(text)

@@ -149,15 +149,16 @@ def read_checkpoint(path):
 
 
 def select_weights(tensors, kind, config, path="the checkpoint"):
-    """The state dict of one kind of weights: "raw", "ema_BETA", or "ema", the run's first --ema-beta.
+    """The state dict of one kind of weights: "raw", "ema_BETA", or "ema", the first of the run's --ema-beta that is there.
 
     None is "ema", or "raw" where there is no average.
     """
     kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
     if kind is None:
         kind = "ema" if any(k.startswith("ema") for k in kinds) else "raw"
-    if kind == "ema" and kind not in kinds and config["train"]["ema_betas"]:
-        kind = f"ema_{config['train']['ema_betas'][0]:g}"
+    if kind == "ema" and kind not in kinds:
+        of_run = [f"ema_{beta:g}" for beta in config["train"]["ema_betas"]]  # a published file may hold some of them
+        kind = next((k for k in of_run if k in kinds), kind)
     if kind not in kinds:
         raise UserError(f"{path} has no {kind} weights, only {', '.join(kinds)}")
     return {name.removeprefix(f"{kind}/"): w for name, w in tensors.items() if name.startswith(f"{kind}/")}
@@ -229,15 +230,18 @@ def save_state(folder, state, good=()):
     return good
 
 
+STATE_PARTS = {"config", "step", "losses", "model", "optimizer", "emas", "scaler"}
+
+
 def load_state(folder):
     """The newest undamaged state of a run folder and its path; None, None where there is none."""
     for path in sorted(folder.glob("state_*.pt"), reverse=True):
         contents = path.read_bytes()
         if hashlib.sha256(contents).hexdigest()[:16] == path.stem.split("_")[-1]:
-            try:
-                return torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True), path
-            except Exception:  # not written by this program: torch.load raises whatever the bytes happen to provoke
-                pass
+            with contextlib.suppress(Exception):  # not written by this program: torch.load raises what it likes
+                state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
+                if STATE_PARTS <= state.keys():
+                    return state, path
         say(f"{path} is damaged: going on from the state before it")
     return None, None
 
@@ -279,14 +283,19 @@ def stop_signals():
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
+def is_main():
+    """True in the one process that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
-def process_group():
+def process_group(device="auto"):
     """(rank, number of processes) of this process, as torchrun started it; (0, 1) without torchrun."""
     if "WORLD_SIZE" not in os.environ:
         yield 0, 1
         return
     if not dist.is_initialized():  # once for all runs of this process: PyTorch may hang in a second time
-        cuda = torch.cuda.is_available()
+        cuda = pick_device(device).type == "cuda"
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -347,7 +356,7 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
     Raises UserError for bad input, KeyboardInterrupt once everything is saved after Ctrl-C or a termination request.
     """
     out = Path(out)
-    with process_group() as (rank, world), contextlib.ExitStack() as stack:
+    with process_group(device) as (rank, world), contextlib.ExitStack() as stack:
         if config["train"]["batch_size"] % (world * accumulate):
             raise UserError(f"--batch-size {config['train']['batch_size']} must be a multiple of processes x "
                             f"--accumulate = {world * accumulate}")  # fmt: skip
@@ -373,6 +382,10 @@ class Run:
         state = self.read_folder(resume)
         if settings["precision"] is None:
             settings["precision"] = pick_precision(device)
+            if world > 1:  # it is found by timing, and all must agree
+                agreed = [settings["precision"]]
+                dist.broadcast_object_list(agreed, 0)
+                settings["precision"] = agreed[0]
         torch.manual_seed(settings["seed"])
         self.model = build_model(config["model"]).to(device, memory_format=torch.channels_last)
         check_image_size(self.model, config["data"]["image_size"])
@@ -413,6 +426,8 @@ class Run:
                 leftover.unlink()
         self.states, self.last_good = [], None
         if state is None:
+            if (self.out / "model.safetensors").exists():
+                raise UserError(f"{self.out} holds a finished run: use another --out, or delete it")
             return None
         if not resume:
             raise UserError(f"{self.out} holds a run already: add --resume to go on with it, or use another --out")
@@ -476,14 +491,18 @@ class Run:
         bar = progress(
             total=settings["steps"], initial=self.step, unit="step", desc=self.out.name, disable=self.rank > 0
         )
-        checked, first, started = self.step, self.step, time.monotonic()
+        checked, started = self.step, time.monotonic()
+        warm = min(self.step + 1, TIMED_STEPS - 1)  # the first step also warms up, and compiles: it is not timed
         with stop_signals() as stop_requested, bar:
             while settings["steps"] is None or self.step < settings["steps"]:
                 self.losses[self.step] = self.train_step(model, accumulate)
                 self.step += 1
                 bar.update()
-                if settings["steps"] is None and self.step == TIMED_STEPS:
-                    self.fix_length(minutes, (time.monotonic() - started) / (self.step - first), bar)
+                if settings["steps"] is None and self.step in (warm, TIMED_STEPS):
+                    self.losses[self.step - 1].item()  # a GPU works behind: this waits for it
+                    if self.step == TIMED_STEPS:
+                        self.fix_length(minutes, (time.monotonic() - started) / (self.step - warm), bar)
+                    started = time.monotonic()
                 if self.step % 10 and self.step != settings["steps"] and self.device.type != "cpu":
                     continue  # reading a loss makes a GPU wait: look at ten at a time
                 window = self.losses[checked : self.step]
@@ -500,6 +519,8 @@ class Run:
                         self.save()
         if self.rank == 0:
             self.finish()
+        if self.world > 1:
+            dist.barrier()  # nobody looks for the weights before they are there
 
     def train_step(self, model, accumulate):
         """One optimizer step on this process's share of the global batch; its mean loss, still on the device."""

@@ -10,6 +10,7 @@ import functools
 import gzip
 import hashlib
 import io
+import json
 import math
 import os
 import secrets
@@ -67,8 +68,9 @@ def command_line(main: Callable[[], int | None]) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """PyTorch reports a full GPU as torch.OutOfMemoryError and a full main memory as a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """PyTorch reports a full GPU as torch.OutOfMemoryError; full main memory and Apple's GPUs as a plain RuntimeError."""
+    reasons = ("can't allocate memory", "out of memory", "bad_alloc")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(reason in str(error) for reason in reasons)
 
 
 @functools.cache
@@ -84,6 +86,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     So `path` is at every moment either the old file or the whole new one. Raises UserError where it cannot be written.
     """
     path = Path(path)
+    if not path.name:
+        raise UserError(f"cannot write {path}: it is a folder")
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
         if path.exists() and not path.is_file():  # a rename would replace /dev/null
@@ -142,7 +146,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
 
     def parse(text: str):
         value = kind(text)
-        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+        if (kind is float and not math.isfinite(value)) or not low <= value <= high or (above and value == low):
             bound = f"more than {low}" if above else f"at least {low}"
             raise argparse.ArgumentTypeError(
                 f"{text} is not {bound}" + (f" and at most {high}" if high < math.inf else "")
@@ -347,6 +351,10 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, may_
         held_out = not (root / "test").is_dir()
         folder = root / ("train" if held_out else split)
     files, labels, classes = list_images(folder)
+    if folder == root / "test" and (root / "train").is_dir():
+        if classes != (trained := class_folders(root / "train")):
+            raise UserError(f"{folder} has the classes {', '.join(classes)}, {root / 'train'} has {', '.join(trained)}: "
+                            "labels are numbers in alphabetical order, so both must have the same")  # fmt: skip
     if held_out:  # no test folder
         order = sorted(range(len(files)), key=lambda i: zlib.crc32(_bytes_below(folder, files[i])))
         tenth = len(files) // 10
@@ -382,16 +390,20 @@ def _load_cifar_batches(root: Path, split: str, image_size: int, name: str) -> I
     return ImageData(x.contiguous(), torch.tensor(batches.targets), batches.classes, name, split == "train", image_size)
 
 
+def visible(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
+
+
+def class_folders(folder: Path) -> list[str]:
+    return [entry for entry in visible(os.listdir(folder)) if (folder / entry).is_dir()]
+
+
 def list_images(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     """Files, labels and class names of a folder of class folders; of a flat folder the labels are 0, the names none.
 
     Hidden files are passed over. Raises UserError for an empty class or folder.
     """
-
-    def visible(names):
-        return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
-
-    classes = [entry for entry in visible(os.listdir(folder)) if (folder / entry).is_dir()]
+    classes = class_folders(folder)
     if not classes:
         files = [folder / entry for entry in visible(os.listdir(folder))]
         if not files:
@@ -576,8 +588,8 @@ def save_gif(frames: list[np.ndarray], path: str | Path, fps: float = 20) -> Non
         first.save(temporary, format="GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
 
 
-def save_samples(path: str | Path, images, labels=None) -> None:
-    """Write an .npz of `images` (uint8, N x H x W x C) and, where given, `labels` (int64, N).
+def save_samples(path: str | Path, images, labels=None, source: dict | None = None) -> None:
+    """Write an .npz of `images` (uint8, N x H x W x C) and, where given, `labels` (int64, N) and what made them.
 
     A tensor of images is N x C x H x W as everywhere in this project, a numpy array N x H x W x C as in the file.
     """
@@ -587,6 +599,8 @@ def save_samples(path: str | Path, images, labels=None) -> None:
     if labels is not None:
         arrays["labels"] = np.asarray(labels, dtype=np.int64)
     _check_samples(arrays, path)
+    if source is not None:
+        arrays["source"] = np.array(json.dumps(source))
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -603,6 +617,16 @@ def load_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     _check_samples(arrays, path)
     labels = arrays.get("labels")
     return arrays["images"], None if labels is None else labels.astype(np.int64)
+
+
+def samples_source(path: str | Path) -> dict:
+    """What `save_samples` was told of the images' origin: {} for another program's file."""
+    with np.load(path, allow_pickle=False) as archive:
+        try:
+            source = json.loads(str(archive["source"]))
+        except (KeyError, ValueError):
+            return {}
+    return source if isinstance(source, dict) else {}
 
 
 def _check_samples(arrays: dict[str, np.ndarray], path: str | Path) -> None:

@@ -57,6 +57,9 @@ def run_notebooks(args):
     known = [path.stem for path in paths]
     if unknown := [name for name in args.names if name not in known]:
         raise UserError(f"there is no notebook {unknown[0]}: choose from {', '.join(known)}")
+    if not args.names:  # all figures are drawn again; what no notebook draws any more must not stay
+        for figure in FIGURES.glob("*.*"):
+            figure.unlink()
     for path in paths:
         if not args.names or path.stem in args.names:
             start = time.monotonic()

@@ -177,8 +177,8 @@ def test_image_i_whatever_the_number_and_the_batch(sampler, plain, sampled):
 
 
 @pytest.mark.parametrize("text, n, expected", [
-    ("all", 10, list(range(10))), ("all", 20, [i // 2 for i in range(20)]), ("all", 3, [0, 1, 2]), ("3", 4, [3, 3, 3, 3]),
-    ("5,0", 4, [5, 5, 0, 0]), ("0,1,2", 7, [0, 0, 0, 1, 1, 2, 2]), ("none", 4, None), (" 1, 2", 2, [1, 2]),
+    ("all", 10, list(range(10))), ("all", 20, 2 * list(range(10))), ("all", 3, [0, 1, 2]), ("3", 4, [3, 3, 3, 3]),
+    ("5,0", 4, [5, 0, 5, 0]), ("0,1,2", 7, [0, 1, 2, 0, 1, 2, 0]), ("none", 4, None), (" 1, 2", 2, [1, 2]),
 ])  # fmt: skip
 def test_labels(text, n, expected, classes, sampled):
     images, labels = sampled(ddpm_conditional.main, "--checkpoint", classes, "--n", n, "--labels", text)
@@ -197,7 +197,7 @@ def test_guidance_and_weights_matter(classes, sampled):
     plain, _ = sampled(ddpm_conditional.main, *flags)
     assert np.array_equal(sampled(ddpm_conditional.main, *flags, "--cfg-scale", 1)[0], plain)
     assert np.array_equal(sampled(ddpm_conditional.main, *flags, "--ema")[0], plain)
-    for other in (["--cfg-scale", 50], ["--no-ema"]):
+    for other in (["--cfg-scale", 5000], ["--no-ema"]):  # after four steps of training labels hardly matter
         assert not np.array_equal(sampled(ddpm_conditional.main, *flags, *other)[0], plain), other
 
 
@@ -270,6 +270,7 @@ def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, capsys):
         cli.write_json(folder / "result.json", {"name": name, "schedule": config["diffusion"]["schedule"]})
 
     monkeypatch.setattr(ddpm_unconditional, "measure", measure)
+    monkeypatch.setattr(ddpm_unconditional, "check_measurable", lambda args: None)
     monkeypatch.setattr(ddpm_unconditional, "ROOT", tmp_path)
     published = tmp_path / "report/results/grid.json"
     cli.write_json(published, {"runs": [{"name": "sigmoid_l1"}, {"name": "cosine_l2", "old": True}]})

@@ -434,7 +434,7 @@ class _only:
         self.timesteps = timesteps
 
 
-@given(a_schedule, st.integers(1, 60), st.sampled_from(ddpm.SAMPLERS), st.booleans(), st.data())
+@given(a_schedule, st.integers(1, 60), st.sampled_from(list(ddpm.SAMPLERS)), st.booleans(), st.data())
 def test_samplers_yield_every_step(schedule, timesteps, sampler, clip, data):
     steps = data.draw(st.integers(1, timesteps))
     n, shape = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([(1, 4, 4), (3, 2, 6)]))

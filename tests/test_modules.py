@@ -253,8 +253,8 @@ def test_resnet_block_is_its_formula():
     block = randomise(modules.ResnetBlock(8, 16, 12), scale=0.3)
     x, emb = inputs(8, 4)[0], torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
     scale, shift = F.linear(emb, block.film.weight, block.film.bias)[..., None, None].split(16, 1)
-    h = block.conv1(F.silu(F.group_norm(x, 8, block.norm1.weight, block.norm1.bias)))
-    h = block.conv2(F.silu(F.group_norm(h, 8) * (1 + scale) + shift))
+    h = block.conv1(F.silu(F.group_norm(x, 1, block.norm1.weight, block.norm1.bias)))
+    h = block.conv2(F.silu(F.group_norm(h, 1) * (1 + scale) + shift))
     torch.testing.assert_close(block(x, emb), h + block.skip(x), rtol=1e-4, atol=1e-5)
 
 

@@ -678,10 +678,11 @@ def test_what_a_kill_left_is_cleared_away(tiny_data, tmp_path):
     train(tiny_config(steps=3), tiny_data, tmp_path)
     (tmp_path / ".model-89abcdef.safetensors").write_bytes(b"half a model")
     (tmp_path / ".config-89abcdef.json").write_text("{")
-    good = set(tmp_path.glob("state_*.pt"))
-    for step in (0, 1):  # killed between writing a state and dropping the oldest
-        save_state(tmp_path, load_state(tmp_path)[0] | {"step": step}, good)
-    assert len(set(tmp_path.glob("state_*.pt")) | good) > 2
+    kept = {path: path.read_bytes() for path in sorted(tmp_path.glob("state_*.pt"))}
+    save_state(tmp_path, load_state(tmp_path)[0] | {"step": 1}, list(kept))
+    for path, state in kept.items():  # killed between writing a state and dropping the oldest
+        path.write_bytes(state)
+    assert len(list(tmp_path.glob("state_*.pt"))) == 3
     train(tiny_config(steps=3), tiny_data, tmp_path, resume=True)
     assert no_leftovers(tmp_path) and len(set(tmp_path.glob("state_*.pt"))) == 2
 
