@@ -3,6 +3,7 @@
     python report/build.py notebooks [NAME ...]      execute notebooks/NAME.ipynb (default: all) into build/
     python report/build.py notebooks --inplace       the same, and keep the outputs in notebooks/ (for authors)
     python report/build.py pdf --lastname Perez      typeset report/report.typ as report/Perez_DDPM.pdf
+    python report/build.py pdf --publish             the same, and keep a copy in report/published/ (for authors)
     python report/build.py tables                    fill in the tables of the README files (for authors)
 
 The report shows a figure or a number only where its file is there, and only if the weights and statistics that it was
@@ -12,6 +13,7 @@ made from are those in checkpoints/: what is out of date is an error that says w
 import argparse
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,10 +22,11 @@ REPORT = Path(__file__).resolve().parent
 ROOT = REPORT.parent
 sys.path.insert(0, str(ROOT))
 
-from figures import CHECKPOINTS, FIGURES, RESULTS, sha256  # noqa: E402
+from figures import CHECKPOINTS, FIGURES, PICTURES, RESULTS, sha256  # noqa: E402
 from report import tables  # noqa: E402
 from utils import UserError, atomic_path, command_line, progress  # noqa: E402
 
+LEAD = "four_way_fashion_mnist.svg"  # the picture at the top of README.md
 TIMESTAMP = 1_700_000_000  # of every PDF, so that equal contents are equal bytes
 
 
@@ -66,6 +69,8 @@ def run_notebooks(args):
             out = path if args.inplace else ROOT / "build" / path.name
             execute_notebook(path, out)
             print(f"wrote {out.relative_to(ROOT)} ({time.monotonic() - start:.0f} s)")
+    if args.inplace and (FIGURES / LEAD).exists():
+        shutil.copyfile(FIGURES / LEAD, PICTURES / LEAD)
 
 
 # --- what the report may use -------------------------------------------------------------------------------------------
@@ -140,6 +145,9 @@ def build_pdf(lastname, out=None):
 def run_pdf(args):
     path = build_pdf(args.lastname)
     print(f"wrote {path.relative_to(ROOT)}")
+    if args.publish:
+        shutil.copyfile(path, REPORT / "published" / path.name)
+        print(f"wrote {(REPORT / 'published' / path.name).relative_to(ROOT)}")
 
 
 def run_tables(args):
@@ -158,6 +166,7 @@ def main(argv=None):
     notebooks.set_defaults(run=run_notebooks)
     pdf = commands.add_parser("pdf", help="typeset the report")
     pdf.add_argument("--lastname", default="Lastname", help="the name on it and in its file name (default: Lastname)")
+    pdf.add_argument("--publish", action="store_true", help="also write it to report/published/ (for authors)")
     pdf.set_defaults(run=run_pdf)
     commands.add_parser("tables", help="fill in the tables of the README files").set_defaults(run=run_tables)
     args = parser.parse_args(argv)

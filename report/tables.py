@@ -136,13 +136,13 @@ def checkpoints_table():
         kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
         train, diffusion = config["train"], config["diffusion"]
         seen = train["steps"] * train["batch_size"]
-        how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}" + (", vlb" if diffusion["objective"] == "vlb" else "")
+        how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}" + (", vlb" if diffusion.get("objective") == "vlb" else "")
         q = grid.get(path.stem) or read_result(f"samples_{path.stem}")
         if sweep := read_result(f"sweep_{path.stem.removesuffix('_conditional')}"):
             q = q or min((r["quality"] for r in sweep["rows"] if r["weights"] == "ema"), key=lambda q: q["frechet_distance"])
         rows.append([f"`{path.stem}`", DATA.get(config["data"]["name"], ""), how, f"{seen / 1e6:.2f} M ({seen / config['data']['images']:.3g} epochs)",
                      str(train["seed"]), ", ".join(kinds), f"{path.stat().st_size / 1e6:.1f} MB",
-                     f"{q['frechet_distance']:.3f}" if q else ""])  # fmt: skip
+                     f"{q['frechet_distance']:.3f} ({q['samples']:,} samples)" if q else ""])  # fmt: skip
     return table(["file", "data", "diffusion", "images seen", "seed", "weights", "size", "Fréchet"], rows)
 
 

@@ -516,9 +516,46 @@ def test_bad_grid_and_sweep(plain, classes, tmp_path, refused):
     assert "add --data" in refused(ddpm_conditional.main, *flags, "--checkpoint", course, "--weights", "raw")
     error = refused(ddpm_conditional.main, *flags, "--checkpoint", course, "--weights", "raw", "--data", "fashion_mnist")
     assert "64 x 64" in error and "28 x 28" in error
+    steps = ["--steps", 21]  # more than its timesteps
+    assert "more than the model's 20 timesteps" in refused(ddpm_conditional.main, *flags, "--checkpoint", classes, *steps)
     (tmp_path / "x.json").write_text("{not json")
     assert "x.json" in refused(ddpm_conditional.main, *flags, "--checkpoint", classes)
     assert (tmp_path / "x.json").read_text() == "{not json"
+    cli.write_json(tmp_path / "y.json", {"checkpoint": classes.name, "sha256": "of other weights", "sampler": {}, "n": 2000,
+                                         "seed": 0, "data": None, "rows": []})  # fmt: skip
+    error = refused(ddpm_conditional.main, *flags[:-1], tmp_path / "y.json", "--checkpoint", classes)
+    assert "other settings or weights" in error
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--timesteps", 50], "--timesteps must be at least"), (["--n", 100], "make at least 129"),
+    (["--image-size", 32], "32 x 32"), (["--data", "nowhere/fashion_mnist"], "no folder nowhere/fashion_mnist"),
+])  # fmt: skip
+def test_a_grid_that_could_not_be_measured_is_not_trained(flags, words, tmp_path, refused):
+    assert words in refused(ddpm_unconditional.main, "grid", "--out", tmp_path / "grid", *flags)
+    assert not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize("flag", ["--epochs", "--batch-size", "--seed", "--image-size"])
+@pytest.mark.parametrize("text", ["9" * 400, "inf", "nan", "1e999"])
+def test_absurd_numbers(flag, text, idx_folder, tmp_path, refused):
+    assert flag in refused(ddpm.main, "train", "--data", idx_folder, "--out", tmp_path / "run", flag, text)
+
+
+def test_a_published_part_of_the_averages_can_be_sampled(classes, runs, tmp_path, sampled):
+    out = tmp_path / "part.safetensors"
+    run(ddpm_conditional.main, "publish", "--run", runs / "classes", "--weights", "raw", "ema_0.9", "--out", out)
+    images, _ = sampled(ddpm_conditional.main, "--checkpoint", out, "--n", 2)
+    assert np.array_equal(sampled(ddpm_conditional.main, "--checkpoint", out, "--n", 2, "--ema")[0], images)
+
+
+def test_samples_name_their_source(classes, tmp_path):
+    run(ddpm_conditional.main, "sample", "--checkpoint", classes, "--n", 2, "--seed", 3, "--out", tmp_path / "x.npz")
+    source = utils.samples_source(tmp_path / "x.npz")
+    assert (source["checkpoint"], source["sha256"]) == (classes.name, utils.sha256(classes))
+    assert (source["seed"], source["sampler"], source["steps"]) == (3, "ddim", 20)
+    utils.save_samples(tmp_path / "y.npz", np.zeros((2, 8, 8, 1), np.uint8))
+    assert utils.samples_source(tmp_path / "y.npz") == {}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

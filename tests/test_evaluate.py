@@ -384,6 +384,11 @@ def test_from_training_a_classifier_to_numbers(toy, tmp_path, capsys):
     assert rows["train"]["frechet_distance"] < rows["noise only"]["frechet_distance"]
     assert rows["without 1 of 2 classes"]["recall"] < rows["train"]["recall"]
 
+    with pytest.raises(UserError, match="do not determine the covariance"):
+        run("sanity", "--data", "toy", "--n", 5)
+    with pytest.raises(UserError, match="cannot write"):
+        run(path, "--data", "toy", "--json-out", ".")
+
     reference = tmp_path / "checkpoints/reference_toy.safetensors"
     reference.rename(reference.with_name("features_toy.safetensors"))
     with pytest.raises(UserError, match="does not fit the network"):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -572,6 +573,21 @@ def test_after_a_damaged_state_the_good_ones_are_kept(tiny_data, tmp_path, stop_
         train(tiny_config(), tiny_data, tmp_path, resume=True)
     kept = sorted(tmp_path.glob("state_*.pt"))
     assert kept[0] == older and "state_00000006" in kept[1].name and len(kept) == 2
+
+
+def test_a_state_of_another_program_is_damaged(tiny_data, tmp_path):
+    buffer = io.BytesIO()
+    torch.save({"step": 3}, buffer)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
+    (tmp_path / f"state_00000003_{digest}.pt").write_bytes(buffer.getvalue())
+    assert load_state(tmp_path) == (None, None)
+
+
+def test_a_finished_run_is_not_overwritten(tiny_data, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"hours of work")
+    with pytest.raises(UserError, match="holds a finished run"):
+        train(tiny_config(steps=3), tiny_data, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"hours of work"
 
 
 def test_all_states_damaged(finished, tiny_data, tmp_path, stop_after, monkeypatch):

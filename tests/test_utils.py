@@ -319,6 +319,15 @@ def test_class_folders_with_splits(tmp_path):
     assert len(test) == 3 and not test.flip and not test.crop
 
 
+def test_splits_with_other_classes_are_refused(tmp_path):
+    """Labels are numbers: a test split that lacks a class would give the next ones other numbers."""
+    class_folder(tmp_path / "train", {"cats": 2, "dogs": 2})
+    class_folder(tmp_path / "test", {"dogs": 2})
+    load_data(tmp_path, "train", 8)
+    with pytest.raises(UserError, match="has the classes dogs, .* has cats, dogs"):
+        load_data(tmp_path, "test", 8)
+
+
 def test_a_tenth_is_held_out_where_there_is_no_test_folder(tmp_path):
     class_folder(tmp_path, {"a": 25, "b": 15}, size=(8, 8))
     train, test = (load_data(tmp_path, split) for split in ("train", "test"))
