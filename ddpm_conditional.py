@@ -23,21 +23,26 @@ from utils import UserError, command_line, natural, number, pick_device, positiv
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)
 
 
+def earlier_rows(path, settings):
+    """The rows that an earlier sweep with the same settings wrote to `path`; [] where there is none. Raises UserError."""
+    if not path.exists():
+        return []
+    try:
+        previous = json.loads(path.read_text())
+        same, rows = all(previous[name] == value for name, value in settings.items()), previous["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a result of this command: use another --out") from error
+    if not same:
+        raise UserError(f"{path} was measured with other settings or weights: delete it, or use another --out")
+    return rows
+
+
 def run_sweep(args):
     """Measure the samples of each kind of weights at each guidance scale; what --out already holds is not done again."""
     sha256 = evaluate.sha256(args.checkpoint)
     settings = {"checkpoint": args.checkpoint.name, "sha256": sha256, "sampler": {"sampler": "ddpm", "steps": args.steps},
                 "n": args.n, "seed": args.seed, "data": args.data}  # fmt: skip
-    rows = []
-    if args.out.exists():
-        try:
-            previous = json.loads(args.out.read_text())
-            same = all(previous[name] == value for name, value in settings.items())
-            rows = previous["rows"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{args.out} is not a result of this command: use another --out") from error
-        if not same:
-            raise UserError(f"{args.out} was measured with other settings or weights: delete it, or use another --out")
+    rows = earlier_rows(args.out, settings)
     device = pick_device(args.device)
     for weights in args.weights:
         model, diffusion, config = training.load_checkpoint(args.checkpoint, weights, device)
@@ -67,6 +72,7 @@ def run_sweep(args):
             say(f"{weights}, cfg_scale {scale:g}: Frechet distance {quality['frechet_distance']:.2f}, "
                 f"label agreement {quality['labels']['agreement']:.1%}")  # fmt: skip
             cli.write_json(args.out, {"command": args.command, **settings, "rows": rows})
+    cli.write_json(args.out, {"command": args.command, **settings, "rows": rows})
     print(f"wrote {args.out}: {len(rows)} settings")
 
 
