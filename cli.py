@@ -25,8 +25,8 @@ from utils import (
     progress,
     save_gif,
     save_grid,
-    save_samples,
     sha256,
+    stream_samples,
     to_uint8,
 )  # fmt: skip
 
@@ -193,23 +193,22 @@ def run_sample(args):
     shape = (model.channels, *[config["data"]["image_size"]] * 2)
     options = {"seed": args.seed, "labels": labels, "cfg_scale": cfg_scale, "sampler": args.sampler,
                "steps": args.steps, "eta": args.eta, "variance": args.variance, "clip": args.clip}  # fmt: skip
+    source = {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": weights or "default",
+              "seed": args.seed, "cfg_scale": cfg_scale, "sampler": args.sampler, "eta": args.eta,
+              "steps": diffusion.step_count(args.sampler, args.steps)}  # fmt: skip
+    columns = math.ceil(args.n**0.5)
     with training.autocast(device):
         if suffix == ".gif":
             steps = diffusion.trajectory(model, shape, range(args.n), **options)
-            frames = [to_uint8(x).cpu() for x in progress(steps, unit="step", desc="sampling")]
+            save_denoising_gif([to_uint8(x).cpu() for x in progress(steps, unit="step", desc="sampling")], args.out, columns)
         else:
             bar = functools.partial(progress, unit="step", desc="sampling")
-            images = to_uint8(diffusion.sample(model, args.n, shape, batch_size=args.batch_size, progress=bar, **options))
-    columns = math.ceil(args.n**0.5)
-    if suffix == ".npz":
-        source = {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": weights or "default",
-                  "seed": args.seed, "cfg_scale": cfg_scale, "sampler": args.sampler, "eta": args.eta,
-                  "steps": diffusion.step_count(args.sampler, args.steps)}  # fmt: skip
-        save_samples(args.out, images, labels, source)
-    elif suffix == ".png":
-        save_grid(images, args.out, columns)
-    else:
-        save_denoising_gif(frames, args.out, columns)
+            samples = diffusion.sample_batches(model, args.n, shape, batch_size=args.batch_size, progress=bar, **options)
+            batches = map(to_uint8, samples)
+            if suffix == ".png":
+                save_grid(torch.cat(list(batches)), args.out, columns)
+            else:
+                stream_samples(args.out, batches, (args.n, *shape[1:], shape[0]), labels, source)
     print(f"wrote {args.out}")
 
 

@@ -217,12 +217,16 @@ class Diffusion:
             raise ValueError(f"unknown sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
         return steps or min(SAMPLERS[sampler] or self.timesteps, self.timesteps)
 
-    def sample(self, model, n, shape, labels=None, batch_size=250, x_T=None, progress=None, **options):
-        """n samples, n x C x H x W on the CPU, in batches; options as for `trajectory`.
+    def sample(self, model, n, shape, **options):
+        """n samples, n x C x H x W on the CPU; options as for `sample_batches`."""
+        return torch.cat(list(self.sample_batches(model, n, shape, **options)))
+
+    def sample_batches(self, model, n, shape, labels=None, batch_size=250, x_T=None, progress=None, **options):
+        """Yield n samples, float on the CPU, in batches of at most batch_size; options as for `trajectory`.
 
         progress(total=...): makes a bar, such as tqdm's, that is moved on after every step of every batch.
         """
-        firsts, samples = range(0, n, batch_size), []
+        firsts = range(0, n, batch_size)
         steps = self.step_count(options.get("sampler", "ddim"), options.get("steps"))
         bar = progress(total=steps * len(firsts)) if progress else None
         for first in firsts:
@@ -234,10 +238,9 @@ class Diffusion:
             for i, x in enumerate(trajectory):
                 if bar is not None and i > 0:
                     bar.update()
-            samples.append(x.float().cpu())
+            yield x.float().cpu()
         if bar is not None:
             bar.close()
-        return torch.cat(samples)
 
 
 class ImageNoise:

@@ -17,12 +17,12 @@ import secrets
 import struct
 import sys
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -593,16 +593,31 @@ def save_samples(path: str | Path, images, labels=None, source: dict | None = No
 
     A tensor of images is N x C x H x W as everywhere in this project, a numpy array N x H x W x C as in the file.
     """
+    arrays = {"images": _as_file(images)} | ({} if labels is None else {"labels": np.asarray(labels)})
+    _check_samples(arrays, path)
+    stream_samples(path, [images], arrays["images"].shape, labels, source)
+
+
+def _as_file(images) -> np.ndarray:
     if isinstance(images, torch.Tensor):
         images = images.cpu().permute(0, 2, 3, 1).numpy()
-    arrays: dict[str, Any] = {"images": np.ascontiguousarray(images)}
-    if labels is not None:
-        arrays["labels"] = np.asarray(labels, dtype=np.int64)
-    _check_samples(arrays, path)
-    if source is not None:
-        arrays["source"] = np.array(json.dumps(source))
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+    return np.ascontiguousarray(images)
+
+
+def stream_samples(path: str | Path, batches: Iterable, shape: tuple, labels=None, source: dict | None = None) -> None:
+    """`save_samples` of N x H x W x C = `shape` images that come in batches: memory holds one of them at a time."""
+    small = {"labels": None if labels is None else np.asarray(labels, dtype=np.int64),
+             "source": None if source is None else np.array(json.dumps(source))}  # fmt: skip
+    header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in small.items():
+            if array is not None:
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+        with archive.open("images.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for images in batches:
+                file.write(_as_file(images).tobytes())
 
 
 def load_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -549,6 +549,22 @@ def test_a_published_part_of_the_averages_can_be_sampled(classes, runs, tmp_path
     assert np.array_equal(sampled(ddpm_conditional.main, "--checkpoint", out, "--n", 2, "--ema")[0], images)
 
 
+def test_samples_are_written_as_they_come(tmp_path):
+    """Batch by batch to the same file; an interruption leaves nothing."""
+    images = np.random.default_rng(0).integers(0, 255, (7, 8, 8, 3), dtype=np.uint8)
+    utils.stream_samples(tmp_path / "x.npz", (images[i : i + 3] for i in (0, 3, 6)), images.shape, np.arange(7))
+    loaded, labels = load_samples(tmp_path / "x.npz")
+    assert np.array_equal(loaded, images) and labels.tolist() == list(range(7))
+
+    def interrupted():
+        yield images[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        utils.stream_samples(tmp_path / "y.npz", interrupted(), images.shape)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+
 def test_samples_name_their_source(classes, tmp_path):
     run(ddpm_conditional.main, "sample", "--checkpoint", classes, "--n", 2, "--seed", 3, "--out", tmp_path / "x.npz")
     source = utils.samples_source(tmp_path / "x.npz")
