@@ -227,8 +227,9 @@ publish_flags = flags_of(
     flag("--out", out_names), st.just(["--help"]),
 )  # fmt: skip
 sweep_flags = flags_of(
-    flag("--checkpoint", st.sampled_from(["plain/model.safetensors", "nowhere.safetensors", "course.pt", ""])),
-    flag("--scales", numbers), flag("--n", st.sampled_from([0, -1, "x"])), flag("--steps", st.sampled_from([0, 10**30])),
+    flag("--checkpoint", st.sampled_from(["plain/model.safetensors", "classes/model.safetensors", "nowhere.safetensors", "course.pt", ""])),
+    flag("--scales", numbers), flag("--n", st.sampled_from([0, 100, -1, "x"])), flag("--steps", st.sampled_from([0, 20, 10**30])),
+    flag("--data", st.sampled_from(["fashion_mnist", "cifar10", "nowhere/cifar10", ""]), texts),
     flag("--seed", numbers), flag("--weights", st.sampled_from(["raw", "ema", "x"])), device, flag("--out", out_names),
 )  # fmt: skip
 grid_flags = flags_of(
@@ -239,7 +240,7 @@ evaluate_flags = flags_of(
     flag("--features", st.sampled_from(["fashion_mnist", "nowhere"]), texts), st.just(["--labels"]), st.just(["--help"]),
     flag("--k", st.sampled_from([1, 3, 0, -1, 10**30, "x"])), flag("--bootstrap", st.sampled_from([0, 1, 5, -1, "x"])),
     flag("--seed", numbers), flag("--json-out", out_names.map(lambda name: re.sub(r"(png|gif|npz)$", "json", name))), flag("--n", st.sampled_from([1, 2, 8, 0, -1, "x"])),
-    flag("--weights", st.sampled_from(["raw", "ema", "ema_0.5", "x"])), flag("--bins", st.sampled_from([1, 3, 0, "x"])),
+    flag("--weights", st.sampled_from(["raw", "ema", "ema_0.5", "x"])), flag("--bins", st.sampled_from([1, 3, 10**9, 0, "x"])),
     flag("--batch-size", st.sampled_from([1, 5, 0, -1])),
 )  # fmt: skip
 
