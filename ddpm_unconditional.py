@@ -67,9 +67,10 @@ def run_grid(args):
             if not (folder / "model.safetensors").exists():
                 settings = argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True})
                 cli.run_train(settings)
-            with training.locked(folder):
-                if training.is_main() and not (folder / "result.json").exists():
-                    measure(name, folder, args.n, args.device)
+            if training.is_main():
+                with training.locked(folder):
+                    if not (folder / "result.json").exists():
+                        measure(name, folder, args.n, args.device)
         except training.Held as held:
             say(str(held))
     results = [json.loads(path.read_text()) for name in EXPERIMENTS if (path := args.out / name / "result.json").exists()]
