@@ -77,7 +77,7 @@ def add_train_flags(parser, conditional):
     add("--depth", type=number(int, 1, 64), help="blocks per level (patch)")
     add("--block", choices=list(BLOCKS), help="kind of block (patch)")
     add("--attention", action=argparse.BooleanOptionalAction, help="linear attention at the outer levels (patch)")
-    add("--ema-beta", type=number(float, 0, 0.999999), nargs="+", default=[0.999], help="one or more averages to keep")
+    add("--ema-beta", type=number(float, 0, 0.999999), nargs="+", default=[0.995], help="one or more averages to keep")
     add("--ema-start", type=number(int, 0), default=500, help="the average is a plain copy until this step")
     if conditional:
         add("--p-uncond", type=number(float, 0, 1), default=0.1, help="how often the label is dropped")

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from training import load_checkpoint
+from training import autocast, load_checkpoint, pick_precision
 from utils import (
     ROOT,
     ArgumentParser,
@@ -59,7 +59,9 @@ DEFAULT_RECIPE: dict[str, Any] = {
     "cycles": [{"epochs": 16, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 2, "flip": True}],
 }  # fmt: skip
 RECIPES = {
-    "cifar10": DEFAULT_RECIPE | {"widths": [32, 64, 128, 256], "depths": [1, 1, 1]},
+    "cifar10": DEFAULT_RECIPE | {"widths": [48, 96, 192, 256], "depths": [1, 1, 1], "cycles": [
+        {"epochs": 24, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 3, "flip": True},
+    ]},
     # ends without flips: a classifier that is blind to them could not see that they put shoes off the data
     "fashion_mnist": DEFAULT_RECIPE | {"cycles": [
         {"epochs": 10, "learning_rate": 0.2, "weight_decay": 5e-4, "shift": 2, "flip": True},
@@ -181,7 +183,7 @@ def train_features(name: str, seed: int = 0) -> dict:
                         "history": history}, temporary)  # fmt: skip
     net.half().float()  # from here on exactly what the file will hold
     facts = {"data": name, "test_accuracy": accuracy(net, test), "architecture": architecture, "recipe": recipe,
-             "seed": seed, "classes": train.classes, "history": history}  # fmt: skip
+             "precision": pick_precision("cpu"), "seed": seed, "classes": train.classes, "history": history}  # fmt: skip
     reference = make_reference(net, train, test)
     weights = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
     save_tensors(checkpoint_path("features", name), weights, facts)
@@ -202,7 +204,9 @@ def train_epoch(net: FeatureNet, optimizer: torch.optim.Optimizer, train: ImageD
     for step in progress(range(steps), desc=f"epoch {epoch + 1}"):
         index = order[step * recipe["batch_size"] : (step + 1) * recipe["batch_size"]]
         x = shift_and_flip(train.images[index], cycle["shift"], cycle["flip"], generator(seed, epoch, step))
-        loss = F.cross_entropy(net(x)[1], train.labels[index], label_smoothing=recipe["label_smoothing"])
+        with autocast("cpu"):
+            logits = net(x)[1]
+        loss = F.cross_entropy(logits.float(), train.labels[index], label_smoothing=recipe["label_smoothing"])
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
