@@ -58,6 +58,7 @@ def run_sweep(args):
         evaluate.check_shape(net, torch.empty(0, *shape))  # before the work, not after it
         evaluate.check_count(args.n, net.head.in_features)
         labels = cli.parse_labels("all", args.n, model.num_classes)
+        facts = {"command": args.command, "config": config, "parameters": sum(p.numel() for p in model.parameters())}
         for scale in args.scales:
             if any(row["weights"] == weights and row["cfg_scale"] == scale for row in rows):
                 continue
@@ -71,8 +72,8 @@ def run_sweep(args):
             rows.append({"weights": weights, "cfg_scale": scale, "quality": quality})
             say(f"{weights}, cfg_scale {scale:g}: Frechet distance {quality['frechet_distance']:.2f}, "
                 f"label agreement {quality['labels']['agreement']:.1%}")  # fmt: skip
-            cli.write_json(args.out, {"command": args.command, **settings, "rows": rows})
-    cli.write_json(args.out, {"command": args.command, **settings, "rows": rows})
+            cli.write_json(args.out, {**facts, **settings, "rows": rows})
+    cli.write_json(args.out, {**facts, **settings, "rows": rows})
     print(f"wrote {args.out}: {len(rows)} settings")
 
 

@@ -98,11 +98,12 @@ class FeatureNet(nn.Module):
     """A small ResNet classifier: float N x C x H x W in [-1, 1] -> features N x widths[-1], logits N x classes.
 
     Its features are the activations before the last layer, averaged over positions. `name`, `sha256` (of the weights'
-    file) and `classes` are set by `load_features`.
+    file), `classes` and `test_accuracy` are set by `load_features`.
     """
 
     name = sha256 = ""
     classes: list[str]
+    test_accuracy: float
 
     def __init__(self, channels: int, image_size: int, classes: int, widths: list[int], depths: list[int]):
         super().__init__()
@@ -264,7 +265,8 @@ def load_features(name: str | Path) -> FeatureNet:
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} does not fit the network: {hint}") from error
     net = net.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    net.name, net.sha256, net.classes = Path(name).name, sha256(path), config["classes"]
+    net.name, net.sha256 = Path(name).name, sha256(path)
+    net.classes, net.test_accuracy = config["classes"], config["test_accuracy"]
     return net
 
 
@@ -758,7 +760,8 @@ def sanity(data_name: str, n: int = 5000, seed: int = 0) -> dict:
     return {
         "data": Path(data_name).name, "seed": seed, "sets": rows, "curve": count_curve(net, train, reference, seed),
         "reference": {"split": "test", "images": facts["test_images"], "sha256": facts["sha256"]},
-        "features": {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256},
+        "features": {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256,
+                     "test_accuracy": net.test_accuracy},
     }  # fmt: skip
 
 

@@ -101,7 +101,8 @@ def stale_sources(value, data=None):
             stale.append((name, "is missing"))
         elif recorded is not None and sha256(path) != recorded:
             stale.append((name, "has other contents now"))
-    return stale + [pair for item in value.values() for pair in stale_sources(item, data)]
+    # not "config": it may name the checkpoint that a training started from, which need not ship
+    return stale + [pair for key, item in value.items() if key != "config" for pair in stale_sources(item, data)]
 
 
 def available():
