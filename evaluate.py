@@ -46,6 +46,7 @@ from utils import (
     pick_device,
     positive,
     progress,
+    resize,
     samples_source,
     say,
     sha256,
@@ -289,15 +290,17 @@ def load_reference(name: str | Path, net: FeatureNet) -> tuple[dict[str, torch.T
 
     Of the classifier's own data set it is in checkpoints/; of another one it is computed, which needs the images.
     """
-    name = Path(name).name
-    if name == net.name:
+    if Path(name).name == net.name:
         path = checkpoint_path("reference", name)
         reference, facts = read_file(path, f"run `python evaluate.py train-features {name}`")
         if facts["features_sha256"] != net.sha256:
             raise UserError(f"{path.name} was made with other weights: run `python evaluate.py train-features {name}`")
         return reference, facts | {"sha256": sha256(path)}
-    train, test = load_data(name), load_data(name, "test")
+    size = net.image_shape[-1]
+    train, test = load_data(name, "train", size), load_data(name, "test", size)
     check_shape(net, test.images)
+    if train.images.shape[-1] != size:  # photographs are kept larger, for random crops
+        train.images = resize(train.images, size)
     reference = make_reference(net, train, test)
     digest = hashlib.sha256(b"".join(reference[key].numpy().tobytes() for key in sorted(reference))).hexdigest()
     return reference, {"train_images": len(train), "test_images": len(test), "sha256": digest}

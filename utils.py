@@ -268,7 +268,7 @@ def _mnist_data(images: np.ndarray, labels: np.ndarray, name: str, image_size: i
     if size == 32:
         x = torch.nn.functional.pad(x, (2, 2, 2, 2))  # the background is black: no pixel needs to be resampled
     elif size != 28:
-        x = _resize(x, size)
+        x = resize(x, size)
     # no flips: shoes all point one way
     return ImageData(x, torch.from_numpy(labels), list(FASHION_MNIST_CLASSES), name, flip=False, image_size=size)
 
@@ -386,7 +386,7 @@ def _load_cifar_batches(root: Path, split: str, image_size: int, name: str) -> I
         raise UserError(f"{parent}/cifar-10-batches-py has a missing or damaged file: download it again") from error
     x = torch.from_numpy(batches.data).permute(0, 3, 1, 2)
     if image_size != 32:
-        x = _resize(x, image_size)
+        x = resize(x, image_size)
     return ImageData(x.contiguous(), torch.tensor(batches.targets), batches.classes, name, split == "train", image_size)
 
 
@@ -512,7 +512,7 @@ def augment(data: ImageData, index, generator: torch.Generator | None = None) ->
     else:
         images = data.images[index]
         if images.shape[-1] != data.image_size:
-            images = _resize(images, data.image_size)
+            images = resize(images, data.image_size)
     if data.flip and generator is not None:
         coin = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
         images = torch.where(coin.to(images.device)[:, None, None, None], images.flip(3), images)
@@ -533,12 +533,13 @@ def _random_crops(data: ImageData, index, generator: torch.Generator) -> torch.T
     boxes = torch.stack([top, left, top + height, left + width], 1).int().tolist()
     # one by one, yet fast: PyTorch resizes uint8 images whose channels come last in vectorised integers
     return torch.cat([
-        _resize(data.images[i : i + 1, :, top:bottom, left:right], data.image_size)
+        resize(data.images[i : i + 1, :, top:bottom, left:right], data.image_size)
         for i, (top, left, bottom, right) in zip(index.tolist(), boxes)
     ])  # fmt: skip
 
 
-def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """N x C x H x W, uint8 or float -> N x C x size x size, filtered so that nothing aliases."""
     return torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 

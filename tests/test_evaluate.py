@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 import evaluate
@@ -393,6 +394,26 @@ def test_from_training_a_classifier_to_numbers(toy, tmp_path, capsys):
     reference.rename(reference.with_name("features_toy.safetensors"))
     with pytest.raises(UserError, match="does not fit the network"):
         evaluate.load_features("toy")
+
+
+def test_a_folder_of_photographs_is_measured_in_another_classifiers_features(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "CHECKPOINTS", tmp_path)
+    shape = {"channels": 3, "image_size": 8, "classes": 2, "widths": [4, 8], "depths": [1]}
+    facts = {"architecture": shape, "classes": ["a", "b"], "test_accuracy": 0.5}
+    evaluate.save_tensors(tmp_path / "features_rgb.safetensors", evaluate.FeatureNet(**shape).state_dict(), facts)
+    g = generator(5)
+    for i in range(400):
+        path = tmp_path / f"photographs/{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(torch.randint(256, (24, 24, 3), generator=g, dtype=torch.uint8).numpy()).save(path)
+    train = load_data(tmp_path / "photographs", image_size=8)
+    assert train.images.shape[-1] == 10  # larger than asked for: room for crops
+    small = torch.nn.functional.interpolate(train.images, (8, 8), mode="bilinear", antialias=True)
+    save_samples(tmp_path / "samples.npz", small)
+    run(tmp_path / "samples.npz", "--data", tmp_path / "photographs", "--features", "rgb", "--k", 1)
+    result = json.loads(capsys.readouterr().out)
+    assert result["features"]["name"] == "rgb" and result["data"] == "photographs"
+    assert result["frechet_distance_to_train"] == pytest.approx(0, abs=1e-6)
 
 
 def test_interrupted_classifier_training_goes_on_to_the_same_weights(toy, tmp_path, monkeypatch):
