@@ -539,7 +539,7 @@ def measure_growth(name, effort, folder):
 
 def time_processes(folder, effort, settings):
     """Seconds per step under torchrun with 1 and with 2 processes, which share the same batch and the same cores."""
-    turns = {1: [], 2: []}
+    turns = {1: [], 2: []} if pick_device().type != "cuda" or torch.cuda.device_count() > 1 else {1: []}
     for turn in range(min(3, effort["repeats"])):
         for processes, seconds in turns.items():
             out = folder / f"processes_{processes}_{turn}"

@@ -148,12 +148,18 @@ def make_config(args, data):
     }  # fmt: skip
 
 
-def run_train(args):
+def load_training(args):
+    """The training data that the flags ask for, and the run's configuration."""
     data = load_data(args.data, "train", args.image_size)
     if args.flip is not None:
         data.flip = args.flip
+    return data, make_config(args, data)
+
+
+def run_train(args):
+    data, config = load_training(args)
     path = training.train(
-        make_config(args, data), data, args.out, args.resume, args.device, args.minutes,
+        config, data, args.out, args.resume, args.device, args.minutes,
         args.sample_every, args.compile, args.accumulate, args.init,
     )  # fmt: skip
     if training.is_main():
@@ -190,6 +196,9 @@ def run_sample(args):
         raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
     labels = parse_labels(getattr(args, "labels", "all"), args.n, model.num_classes)
     cfg_scale = getattr(args, "cfg_scale", 0.0)
+    if labels is None and cfg_scale not in (0, 1):
+        raise UserError(f"--cfg-scale {cfg_scale:g} needs labels to guide towards: "
+                        f"{'leave --labels none out' if model.num_classes else 'this checkpoint has no classes'}")  # fmt: skip
     shape = (model.channels, *[config["data"]["image_size"]] * 2)
     options = {"seed": args.seed, "labels": labels, "cfg_scale": cfg_scale, "sampler": args.sampler,
                "steps": args.steps, "eta": args.eta, "variance": args.variance, "clip": args.clip}  # fmt: skip

@@ -18,7 +18,18 @@ import torch
 import cli
 import evaluate
 import training
-from utils import UserError, command_line, natural, number, pick_device, positive, progress, say, to_uint8
+from utils import (
+    UserError,
+    check_writable,
+    command_line,
+    natural,
+    number,
+    pick_device,
+    positive,
+    progress,
+    say,
+    to_uint8,
+)
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)
 
@@ -39,6 +50,9 @@ def earlier_rows(path, settings):
 
 def run_sweep(args):
     """Measure the samples of each kind of weights at each guidance scale; what --out already holds is not done again."""
+    check_writable(args.out)
+    for weights in args.weights:
+        training.load_checkpoint(args.checkpoint, weights)  # all of them before the work, not one after the other
     sha256 = evaluate.sha256(args.checkpoint)
     settings = {"checkpoint": args.checkpoint.name, "sha256": sha256, "sampler": {"sampler": "ddpm", "steps": args.steps},
                 "n": args.n, "seed": args.seed, "data": args.data}  # fmt: skip

@@ -8,6 +8,7 @@
 import argparse
 import functools
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -64,15 +65,19 @@ def run_grid(args):
         folder = args.out / name
         say(f"{name} ({i + 1} of {len(names)})")
         try:
-            if not (folder / "model.safetensors").exists():
-                settings = argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True})
+            settings = argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True})
+            if (folder / "model.safetensors").exists():
+                check_finished(settings)
+            else:
                 cli.run_train(settings)
             if training.is_main():
                 with training.locked(folder):
                     if not (folder / "result.json").exists():
-                        measure(name, folder, args.n, args.device)
+                        measure(name, folder, args.data, args.n, args.device)
         except training.Held as held:
             say(str(held))
+    if not training.is_main():
+        return
     results = [json.loads(path.read_text()) for name in EXPERIMENTS if (path := args.out / name / "result.json").exists()]
     cli.write_json(args.out / "grid.json", results)
     if args.publish:
@@ -84,8 +89,7 @@ def run_grid(args):
         published = json.loads(path.read_text())["runs"] if path.exists() else []  # by other machines, perhaps
         rows = {result["name"]: result for result in published + results}
         runs = [rows[name] for name in EXPERIMENTS if name in rows]
-        command = f"python ddpm_unconditional.py grid --publish --only {' '.join(run['name'] for run in runs)}"
-        cli.write_json(path, {"command": command, "runs": runs})
+        cli.write_json(path, {"command": args.command, "runs": runs})
     print(f"wrote {args.out / 'grid.json'}: {len(results)} experiments")
 
 
@@ -98,13 +102,27 @@ def check_measurable(args):
     evaluate.check_count(args.n, net.head.in_features)
 
 
-def measure(name, folder, n, device):
+def check_finished(args):
+    """Raise UserError where the finished experiment in args.out had other settings than the flags ask for."""
+    _, config = cli.load_training(args)
+    _, trained = training.read_checkpoint(args.out / "model.safetensors")
+    config["train"]["precision"] = config["train"]["precision"] or trained["train"]["precision"]
+    training.check_settings(config, trained, args.out)
+    if config["train"]["steps"] not in (None, trained["train"]["steps"]):
+        raise UserError(f"{args.out} was trained for {trained['train']['steps']} steps, not {config['train']['steps']}: "
+                        "use another --out")  # fmt: skip
+    path = args.out / "result.json"
+    if path.exists() and (n := json.loads(path.read_text())["sampler"]["n"]) != args.n:
+        raise UserError(f"{args.out} was measured over {n} samples, not {args.n}: delete {path}")
+
+
+def measure(name, folder, data, n, device):
     """Publish a finished run as half-precision EMA weights, and measure exactly those: folder/result.json."""
     tensors, config = training.read_checkpoint(folder / "model.safetensors")
     path, losses = folder / "ema.safetensors", tensors["losses"]
     training.save_checkpoint(path, {"ema": training.select_weights(tensors, "ema", config)}, config, losses, half=True)
     model, diffusion, _ = training.load_checkpoint(path, device=pick_device(device))
-    data, size = config["data"]["name"], config["data"]["image_size"]
+    size = config["data"]["image_size"]
 
     def sample_and_measure(picture, x_T=None):
         bar = functools.partial(progress, unit="step", desc=f"sampling {name}")
@@ -123,7 +141,8 @@ def measure(name, folder, n, device):
     }  # fmt: skip
     if diffusion.alphas_cumprod[-1] > 0.01:
         # The forward process stops short of noise: is the network to blame, or the N(0, I) that sampling starts from?
-        x0 = to_model(load_data(data, "train", size).images[:n])
+        images = load_data(data, "train", size).images
+        x0 = to_model(images[torch.arange(n) % len(images)])
         noise = torch.randn(x0.shape, generator=generator(0, 2))
         x0, noise = x0.to(diffusion.betas.device), noise.to(diffusion.betas.device)
         x_T = diffusion.q_sample(x0, torch.full((len(x0),), diffusion.timesteps - 1, device=x0.device), noise)
@@ -143,6 +162,7 @@ def main(argv=None):
     # 6 epochs of 60,000 images, of which the last is averaged
     grid.set_defaults(run=run_grid, conditional=False, data="fashion_mnist", epochs=6, ema_start=2344)
     args = parser.parse_args(argv)
+    args.command = " ".join(["python ddpm_unconditional.py", *map(str, sys.argv[1:] if argv is None else argv)])
     args.run(args)
 
 

@@ -149,12 +149,14 @@ def train_features(name: str, seed: int = 0) -> dict:
     Nesterov SGD, learning-rate cycles, label smoothing. The state after every epoch is in runs/features_NAME/, where an
     interrupted training goes on. Returns the facts that the weights' file records.
     """
-    train, test = load_data(name), load_data(name, "test")
+    train, test = load_whole(name), load_whole(name, "test")
     if train.labels is None or len(train.classes) < 2:
         raise UserError(f"{name} has no labels, so there is nothing to train a classifier on")
     if name == "fashion_mnist" and len(train) < 60_000:
         raise UserError("the shipped sample is too small: run `python download_datasets.py fashion_mnist` first")
     recipe = RECIPES.get(name, DEFAULT_RECIPE)
+    if len(train) < recipe["batch_size"]:
+        raise UserError(f"{len(train)} training images are too few for a classifier: it needs {recipe['batch_size']} or more")
     architecture = {"channels": train.images.shape[1], "image_size": train.image_size, "classes": len(train.classes),
                     "widths": recipe["widths"], "depths": recipe["depths"]}  # fmt: skip
     torch.manual_seed(seed)
@@ -193,7 +195,17 @@ def train_features(name: str, seed: int = 0) -> dict:
         "data": Path(name).name, "train_images": len(train), "test_images": len(test),
         "features_sha256": sha256(checkpoint_path("features", name)),
     })  # fmt: skip
+    for kind in ("features", "reference"):
+        say(f"wrote {checkpoint_path(kind, name)}")
     return facts
+
+
+def load_whole(name: str | Path, split: str = "train", image_size: int | None = None) -> ImageData:
+    """`load_data`, but training photographs, which are kept larger for random crops, are as large as the test images."""
+    data = load_data(name, split, image_size)
+    if data.images.shape[-1] != data.image_size:
+        data.images = resize(data.images, data.image_size)
+    return data
 
 
 def train_epoch(net: FeatureNet, optimizer: torch.optim.Optimizer, train: ImageData, recipe: dict, cycle: dict,
@@ -297,10 +309,8 @@ def load_reference(name: str | Path, net: FeatureNet) -> tuple[dict[str, torch.T
             raise UserError(f"{path.name} was made with other weights: run `python evaluate.py train-features {name}`")
         return reference, facts | {"sha256": sha256(path)}
     size = net.image_shape[-1]
-    train, test = load_data(name, "train", size), load_data(name, "test", size)
+    train, test = load_whole(name, "train", size), load_whole(name, "test", size)
     check_shape(net, test.images)
-    if train.images.shape[-1] != size:  # photographs are kept larger, for random crops
-        train.images = resize(train.images, size)
     reference = make_reference(net, train, test)
     digest = hashlib.sha256(b"".join(reference[key].numpy().tobytes() for key in sorted(reference))).hexdigest()
     return reference, {"train_images": len(train), "test_images": len(test), "sha256": digest}
@@ -496,6 +506,8 @@ def evaluate_samples(images, labels=None, data_name: str = "fashion_mnist", feat
     if features_name == "inception":
         return {"samples": len(x), **inception_distance(x, data_name, seed)}
     net = load_features(features_name or data_name)
+    if need_labels and net.name != Path(data_name).name:
+        raise UserError(f"the classifier of {net.name} does not know the labels of {Path(data_name).name}")
     check_shape(net, x)
     check_count(len(x), net.head.in_features)
     reference, facts = load_reference(data_name, net)
@@ -506,7 +518,7 @@ def evaluate_samples(images, labels=None, data_name: str = "fashion_mnist", feat
         "features": {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256},
         **compare(sample_features, reference, k, seed, draws),
     }  # fmt: skip
-    if labels is not None:
+    if labels is not None and net.name == Path(data_name).name:
         result["labels"] = label_agreement(logits, torch.as_tensor(labels).long(), net.classes)
     return result
 
@@ -734,7 +746,7 @@ def add_noise(images: torch.Tensor, sigma: float, g: torch.Generator) -> torch.T
 
 def sanity(data_name: str, n: int = 5000, seed: int = 0) -> dict:
     """Every measure on real, damaged, mode-dropped and memorised images, and the Frechet distance against the count."""
-    train, net = load_data(data_name), load_features(data_name)
+    train, net = load_whole(data_name), load_features(data_name)
     check_shape(net, train.images)
     reference, facts = load_reference(data_name, net)
     g = generator(seed)
@@ -791,8 +803,9 @@ def count_curve(net: FeatureNet, train: ImageData, reference: dict, seed: int, r
 
 def run_samples(args) -> dict:
     images, labels = load_samples(args.samples)
+    source = samples_source(args.samples)
     result = evaluate_samples(images, labels, args.data, args.features, args.k, args.seed, args.bootstrap, args.labels)
-    return {"file": args.samples.name, "file_sha256": sha256(args.samples), **samples_source(args.samples), **result}
+    return {"file": args.samples.name, "file_sha256": sha256(args.samples), **source, **result}
 
 
 def run_train_features(args) -> dict:
@@ -800,7 +813,6 @@ def run_train_features(args) -> dict:
 
 
 def run_sanity(args) -> dict:
-    args.json_out = args.json_out or ROOT / f"report/results/sanity_{Path(args.data).name}.json"
     return sanity(args.data, args.n, args.seed)
 
 
@@ -873,6 +885,8 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] not in commands:
         argv.insert(0, "samples")
     args = parser.parse_args(argv)
+    if args.run is run_sanity:
+        args.json_out = args.json_out or ROOT / f"report/results/sanity_{Path(args.data).name}.json"
     if args.json_out:
         check_writable(args.json_out)  # better before the work than after it
     result = {"command": " ".join(["python evaluate.py", *argv]), **args.run(args)}

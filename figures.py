@@ -68,13 +68,6 @@ def save(fig, name, sources=()):
     record(name, ".svg", buffer.getvalue(), sources)
 
 
-def save_pixels(picture, name, sources=()):
-    """Write a picture (uint8, H x W x 3, or H x W) as it is to report/figures/NAME.png."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
-    record(name, ".png", buffer.getvalue(), sources)
-
-
 def record(name, suffix, contents, sources):
     """Write the figure, and beside it NAME.json: what it was drawn from, so that the report can tell if that changed."""
     with atomic_path(FIGURES / f"{name}{suffix}") as temporary:

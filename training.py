@@ -295,9 +295,12 @@ def process_group(device="auto"):
         yield 0, 1
         return
     if not dist.is_initialized():  # once for all runs of this process: PyTorch may hang in a second time
+        if torch.cuda.is_available() and device in ("auto", "cuda"):
+            count = torch.cuda.device_count()
+            if int(os.environ["LOCAL_RANK"]) >= count:
+                raise UserError(f"there are more processes than GPUs: start {count} of them, or add --device cpu")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is put on GPU 0
         cuda = pick_device(device).type == "cuda"
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
         atexit.register(dist.destroy_process_group)
     yield dist.get_rank(), dist.get_world_size()
@@ -360,8 +363,14 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
         if config["train"]["batch_size"] % (world * accumulate):
             raise UserError(f"--batch-size {config['train']['batch_size']} must be a multiple of processes x "
                             f"--accumulate = {world * accumulate}")  # fmt: skip
+        held = None
         if rank == 0:
-            stack.enter_context(locked(out))
+            try:
+                stack.enter_context(locked(out))
+            except Held as error:
+                held = error
+        if any_process(held is not None, world, pick_device(device)):  # or the others would wait for rank 0
+            raise held or Held(f"another process is training in {out}")
         try:
             run = Run(config, data, out, pick_device(device), rank, world, resume, init)
             run.loop(minutes, sample_every, compile, accumulate)
@@ -371,6 +380,19 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
             raise UserError(f"out of memory: try --batch-size {max(1, config['train']['batch_size'] // 2)}, or the same "
                             f"batch in smaller parts with --accumulate {2 * accumulate}") from error  # fmt: skip
     return out / "model.safetensors"
+
+
+def check_settings(config, started, out):
+    """Raise UserError where the run in `out`, started with the configuration `started`, had other settings than `config`.
+
+    The number of steps may differ: a run can be made longer.
+    """
+    for section in config:
+        for name in {**config[section], **started.get(section, {})}:
+            here, there = config[section].get(name), started.get(section, {}).get(name)
+            if here != there and name != "steps":
+                raise UserError(f"{out} was started with {name} = {there}, not {here}: --resume goes on with the same "
+                                "settings only; use another --out")  # fmt: skip
 
 
 class Run:
@@ -454,13 +476,7 @@ class Run:
         self.save_seconds = self.saved_at - start
 
     def restore(self, state):
-        saved = json.loads(state["config"])
-        for section in self.config:
-            for name in {**self.config[section], **saved.get(section, {})}:
-                here, there = self.config[section].get(name), saved.get(section, {}).get(name)
-                if here != there and name != "steps":
-                    raise UserError(f"{self.out} was started with {name} = {there}, not {here}: --resume goes on with the "
-                                    "same settings only; use another --out")  # fmt: skip
+        check_settings(self.config, json.loads(state["config"]), self.out)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for kind, weights in state["emas"].items():
@@ -503,7 +519,8 @@ class Run:
                     if self.step == TIMED_STEPS:
                         self.fix_length(minutes, (time.monotonic() - started) / (self.step - warm), bar)
                     started = time.monotonic()
-                if self.step % 10 and self.step != settings["steps"] and self.device.type != "cpu":
+                due = sample_every and self.step % sample_every == 0
+                if self.step % 10 and self.step != settings["steps"] and self.device.type != "cpu" and not due:
                     continue  # reading a loss makes a GPU wait: look at ten at a time
                 window = self.losses[checked : self.step]
                 if not window.isfinite().all():
@@ -513,7 +530,7 @@ class Run:
                 if any_process(stop_requested(), self.world, self.device):
                     self.stop()
                 if self.rank == 0:
-                    if sample_every and self.step % sample_every == 0:
+                    if due:
                         self.sample_grid()
                     if time.monotonic() - self.saved_at > max(5, 60 * self.save_seconds):  # under 2% of the time
                         self.save()

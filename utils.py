@@ -623,26 +623,30 @@ def stream_samples(path: str | Path, batches: Iterable, shape: tuple, labels=Non
 
 def load_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Read what `save_samples` writes: images (uint8, N x H x W x C), labels (int64, N) or None. Raises UserError."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("images", "labels") if name in archive}
-    except FileNotFoundError as error:
-        raise UserError(f"there is no sample file {path}") from error
-    except Exception as error:  # numpy, zipfile and zlib each raise their own
-        raise UserError(f"{path} is not a readable .npz file of samples: {error}") from error
+    arrays = _read_npz(path, "images", "labels")
     _check_samples(arrays, path)
     labels = arrays.get("labels")
     return arrays["images"], None if labels is None else labels.astype(np.int64)
 
 
 def samples_source(path: str | Path) -> dict:
-    """What `save_samples` was told of the images' origin: {} for another program's file."""
-    with np.load(path, allow_pickle=False) as archive:
-        try:
-            source = json.loads(str(archive["source"]))
-        except (KeyError, ValueError):
-            return {}
+    """What `save_samples` was told of the images' origin: {} for another program's file. Raises UserError."""
+    try:
+        source = json.loads(str(_read_npz(path, "source")["source"]))
+    except (KeyError, ValueError):
+        return {}
     return source if isinstance(source, dict) else {}
+
+
+def _read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
+    """Those of the named arrays that the file has. Raises UserError."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in names if name in archive}
+    except FileNotFoundError as error:
+        raise UserError(f"there is no sample file {path}") from error
+    except Exception as error:  # numpy, zipfile and zlib each raise their own
+        raise UserError(f"{path} is not a readable .npz file of samples: {error}") from error
 
 
 def _check_samples(arrays: dict[str, np.ndarray], path: str | Path) -> None:

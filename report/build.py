@@ -10,12 +10,12 @@ The report shows a figure or a number only where its file is there, and only if 
 made from are those in checkpoints/: what is out of date is an error that says what to run.
 """
 
-import argparse
 import json
 import re
 import shutil
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 REPORT = Path(__file__).resolve().parent
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from figures import CHECKPOINTS, FIGURES, PICTURES, RESULTS, sha256  # noqa: E402
 from report import tables  # noqa: E402
-from utils import UserError, atomic_path, command_line, progress  # noqa: E402
+from utils import ArgumentParser, UserError, atomic_path, command_line, progress  # noqa: E402
 
 LEAD = "four_way_fashion_mnist.svg"  # the picture at the top of README.md
 TIMESTAMP = 1_700_000_000  # of every PDF, so that equal contents are equal bytes
@@ -34,7 +34,7 @@ def execute_notebook(path, out, timeout=600):
     """Run all cells of a notebook in its own folder and write it, with the outputs, to `out`. Raises UserError."""
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     notebook = nbformat.read(path, as_version=4)
     cells = sum(cell.cell_type == "code" for cell in notebook.cells)
@@ -47,6 +47,8 @@ def execute_notebook(path, out, timeout=600):
             client.execute()
         except CellTimeoutError:
             raise UserError(f"a cell of {path.name} took more than {timeout} s") from None
+        except DeadKernelError as error:
+            raise UserError(f"the kernel of {path.name} died, most likely because memory was full: close other programs") from error
         except CellExecutionError as error:
             raise UserError(f"{path.name} failed: {error.ename}: {error.evalue} (open it to see the cell)") from error
     # the kernel's own version is no news
@@ -90,7 +92,8 @@ def stale_sources(value, data=None):
         claims.append((Path(str(value["checkpoint"])).name, value.get("sha256")))
     if isinstance(features := value.get("features"), dict):
         claims.append((f"features_{features.get('name')}.safetensors", features.get("sha256")))
-    if isinstance(reference := value.get("reference"), dict):
+    # the reference of another classifier's features is computed, not shipped
+    if isinstance(reference := value.get("reference"), dict) and isinstance(features, dict) and features.get("name") == data:
         claims.append((f"reference_{data}.safetensors", reference.get("sha256")))
     stale = []
     for name, recorded in claims:
@@ -159,7 +162,7 @@ def run_tables(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     notebooks = commands.add_parser("notebooks", help="execute the notebooks")
     notebooks.add_argument("names", nargs="*", metavar="NAME", help="such as 01_forward_process (default: all)")

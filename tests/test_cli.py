@@ -16,6 +16,7 @@ import cli
 import ddpm
 import ddpm_conditional
 import ddpm_unconditional
+import evaluate
 import training
 import utils
 from modules import UNet_conditional
@@ -261,13 +262,14 @@ def test_init(runs, idx_folder, tmp_path, refused):
     assert not (tmp_path / "other/config.json").exists() and not list(tmp_path.glob("other/state*"))
 
 
-def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, capsys):
+def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, capsys, refused):
     """Results of experiments that other machines ran stay; an interrupted grid goes on; a finished one does nothing."""
 
-    def measure(name, folder, n, device):
+    def measure(name, folder, data, n, device):
         _, config = training.read_checkpoint(folder / "model.safetensors")
         (folder / "ema.safetensors").write_bytes(name.encode())
-        cli.write_json(folder / "result.json", {"name": name, "schedule": config["diffusion"]["schedule"]})
+        result = {"name": name, "schedule": config["diffusion"]["schedule"], "sampler": {"n": n}}
+        cli.write_json(folder / "result.json", result)
 
     monkeypatch.setattr(ddpm_unconditional, "measure", measure)
     monkeypatch.setattr(ddpm_unconditional, "check_measurable", lambda args: None)
@@ -278,9 +280,13 @@ def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, capsys):
     for only in (["cosine_l2"], ["linear_l1", "cosine_l2"], ["cosine_l2"]):
         run(ddpm_unconditional.main, *flags, "--only", *only)
     runs = json.loads(published.read_text())["runs"]
-    assert runs == [{"name": "linear_l1", "schedule": "linear"}, {"name": "sigmoid_l1"}, {"name": "cosine_l2", "schedule": "cosine"}]
+    assert [(row["name"], row.get("schedule")) for row in runs] == \
+        [("linear_l1", "linear"), ("sigmoid_l1", None), ("cosine_l2", "cosine")]
+    assert json.loads(published.read_text())["command"].endswith("--only cosine_l2")
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"grid_linear_l1.safetensors", "grid_cosine_l2.safetensors"}
     assert capsys.readouterr().out.count("model.safetensors") == 2  # nothing is trained twice
+    for more, words in ((["--lr", 0.5], "started with lr = "), (["--epochs", 50], "was trained for"), (["--n", 9], "was measured over")):
+        assert words in refused(ddpm_unconditional.main, *flags, "--only", "cosine_l2", *more)
 
 
 # --- publish -----------------------------------------------------------------------------------------------------------
@@ -505,7 +511,7 @@ def test_bad_publish(runs, tmp_path, refused):
     assert everything(tmp_path) == {}
 
 
-def test_bad_grid_and_sweep(plain, classes, tmp_path, refused):
+def test_bad_grid_and_sweep(plain, classes, tmp_path, refused, monkeypatch):
     flags = ["grid", "--out", tmp_path / "grid", "--only", "cosine_l4"]
     assert "no experiment is called 'cosine_l4'" in refused(ddpm_unconditional.main, *flags)
     flags = ["sweep", "--checkpoint", plain, "--out", tmp_path / "x.json"]
@@ -525,6 +531,16 @@ def test_bad_grid_and_sweep(plain, classes, tmp_path, refused):
                                          "seed": 0, "data": None, "rows": []})  # fmt: skip
     error = refused(ddpm_conditional.main, *flags[:-1], tmp_path / "y.json", "--checkpoint", classes)
     assert "other settings or weights" in error
+    flags = ["sweep", "--checkpoint", classes]
+    monkeypatch.setattr(evaluate, "evaluate_samples", lambda *_, **__: pytest.fail("refused only after the work"))
+    assert "has no bogus" in refused(ddpm_conditional.main, *flags, "--weights", "raw", "bogus", "--out", tmp_path / "z.json")
+    assert "cannot write" in refused(ddpm_conditional.main, *flags, "--out", tmp_path)
+
+
+def test_guidance_needs_labels(plain, classes, tmp_path, refused):
+    flags = ["sample", "--cfg-scale", 3, "--out", tmp_path / "x.png", "--checkpoint"]
+    assert "this checkpoint has no classes" in refused(ddpm_conditional.main, *flags, plain)
+    assert "leave --labels none out" in refused(ddpm_conditional.main, *flags, classes, "--labels", "none")
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -501,6 +501,8 @@ def nan_images(tmp_path):
     (lambda p: samples(p, labels=np.full(300, 10)), [], "label 10 is out of range"),
     (samples, ["--data", "nonsense"], "features_nonsense.safetensors"),
     (samples, ["--features", "nonsense"], "features_nonsense.safetensors"),
+    (lambda p: samples(p, labels=np.zeros(300, int)), ["--data", "x/cifar10", "--features", "fashion_mnist", "--labels"],
+     "does not know the labels of cifar10"),
     (samples, ["--bootstrap", "1"], "at least 2 draws"),
     (lambda p: p / "missing.npz", [], "no sample file"),
 ])  # fmt: skip

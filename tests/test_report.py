@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import typst
@@ -62,7 +61,7 @@ def test_every_picture_is_drawn_by_a_notebook():
 def test_stale_figure_is_refused(folders):
     weights = folders / "CHECKPOINTS" / "a.safetensors"
     weights.write_bytes(b"old")
-    figures.save_pixels(np.zeros((4, 4, 3), np.uint8), "dots", [weights])
+    figures.record("dots", ".png", b"picture", [weights])
     assert build.available()["figures"] == {"dots": "dots.png"}
     weights.write_bytes(b"new")
     with pytest.raises(UserError, match="dots.png was drawn from another CHECKPOINTS/a.safetensors"):
@@ -72,7 +71,7 @@ def test_stale_figure_is_refused(folders):
 @pytest.mark.parametrize("result", [
     {"checkpoint": "a.safetensors", "sha256": "0" * 64},
     {"rows": [{"data": "x", "features": {"name": "x", "sha256": "0" * 64}}]},
-    {"data": "x", "deep": {"reference": {"sha256": "0" * 64}}},
+    {"data": "x", "deep": {"features": {"name": "x"}, "reference": {"sha256": "0" * 64}}},
     {"runs": [{"name": "b", "sha256": "0" * 64, "config": {}}]},
 ])  # fmt: skip
 def test_stale_result_is_refused(folders, result):
@@ -85,6 +84,26 @@ def test_stale_result_is_refused(folders, result):
     right = figures.sha256(folders / "CHECKPOINTS" / "a.safetensors")
     path.write_text(json.dumps(result).replace("0" * 64, right))
     assert build.available()["results"] == ["numbers"]
+
+
+def test_a_computed_reference_need_not_ship(folders):
+    """Of a data set that is measured in another's features; nor need the checkpoint that a training started from."""
+    weights = folders / "CHECKPOINTS" / "features_y.safetensors"
+    weights.write_bytes(b"weights")
+    result = {"data": "x", "features": {"name": "y", "sha256": figures.sha256(weights)}, "reference": {"sha256": "0" * 64},
+              "config": {"train": {"init": {"checkpoint": "z.safetensors", "sha256": "0" * 64}}}}  # fmt: skip
+    (folders / "RESULTS" / "numbers.json").write_text(json.dumps(result))
+    assert build.available()["results"] == ["numbers"]
+
+
+def test_a_notebook_whose_kernel_dies(tmp_path):
+    path = tmp_path / "x.ipynb"
+    cell = {"cell_type": "code", "id": "a", "execution_count": None, "metadata": {}, "outputs": [],
+            "source": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"}  # fmt: skip
+    path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]}))
+    with pytest.raises(UserError, match="kernel of x.ipynb died"):
+        build.execute_notebook(path, tmp_path / "out.ipynb")
+    assert not (tmp_path / "out.ipynb").exists()
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "-rf"])

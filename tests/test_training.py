@@ -349,7 +349,8 @@ def test_accumulated_is_plain(tiny_data, tmp_path):
 
 
 WORKER = """
-import sys, torch
+import contextlib, sys, torch
+from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 torch.set_num_threads(1)
 from conftest import tiny_config, tiny_data
@@ -359,6 +360,11 @@ data = ImageData(**torch.load({data!r}))
 def config(): return tiny_config(optimizer="sgd", lr=0.05)
 training.train(config(), data, {out!r} + "/two")
 training.train(config(), data, {out!r} + "/resumed", resume=True, accumulate=2)
+with training.locked(Path({out!r}) / "held") if training.is_main() else contextlib.nullcontext():
+    try:
+        training.train(config(), data, {out!r} + "/held")
+    except training.Held:
+        print("held")
 """
 
 
@@ -384,6 +390,16 @@ def test_two_processes_are_one(tiny_data, tmp_path, stop_after, monkeypatch):
     for name in ("two", "resumed"):
         close_to(tmp_path / name, tmp_path / "one")
         assert len(list((tmp_path / name).glob("state_*.pt"))) == 2 and no_leftovers(tmp_path / name)
+    assert done.stdout.count("held") == 2  # every process is told, or some would train what the others skip
+
+
+def test_more_processes_than_gpus(monkeypatch, tiny_data, tmp_path):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="more processes than GPUs: start 1 of them"):
+        train(tiny_config(), tiny_data, tmp_path / "run")
 
 
 def test_bfloat16_is_close_to_float32(tiny_data, tmp_path):
