@@ -45,7 +45,9 @@ def results_table():
             rows.append([f"Fashion-MNIST, {name}", *quality_cells(r["quality"])])
     for path in sorted(RESULTS.glob("samples_*.json")):
         result = read_result(path.stem)
-        rows.append([f"{DATA[result['data']]}, `{result['checkpoint']}`", *quality_cells(result)])
+        other = result["features"]["name"]
+        note = f", in the features of {DATA[other]}" if other != result["data"] else ""
+        rows.append([f"{DATA[result['data']]}, `{result['checkpoint']}`{note}", *quality_cells(result)])
     for path in sorted(RESULTS.glob("sweep_*.json")):
         sweep = read_result(path.stem)
         best = min((r for r in sweep["rows"] if r["weights"] == "ema"), key=lambda r: r["quality"]["frechet_distance"])
