@@ -3,7 +3,7 @@
 Run as a script it trains and samples an unconditional model of photographs (landscapes by default):
 
     python ddpm.py train --out runs/landscapes
-    python ddpm.py sample --checkpoint checkpoints/landscapes.safetensors --n 16 --out landscapes.png
+    python ddpm.py sample --checkpoint runs/landscapes/model.safetensors --n 16 --out landscapes.png
 
 Conventions: images are float, N x C x H x W, in [-1, 1]. Timesteps are 0-based: t = 0 is the least noisy step, t = T-1
 the noisiest, and index t reads `betas[t]`. Coefficients are computed in float64 and stored in float32.

@@ -56,12 +56,13 @@ from utils import (
 CHECKPOINTS = ROOT / "checkpoints"
 # the feature classifiers' networks and training, by data set; any other data set uses DEFAULT_RECIPE
 DEFAULT_RECIPE: dict[str, Any] = {
-    "widths": [32, 64, 128], "depths": [1, 1], "batch_size": 128, "label_smoothing": 0.05,
+    "widths": [32, 64, 128], "depths": [1, 1], "mirror": False, "batch_size": 128, "label_smoothing": 0.05,
     "cycles": [{"epochs": 16, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 2, "flip": True}],
 }  # fmt: skip
 RECIPES = {
-    "cifar10": DEFAULT_RECIPE | {"widths": [48, 96, 192, 256], "depths": [1, 1, 1], "cycles": [
+    "cifar10": DEFAULT_RECIPE | {"widths": [48, 96, 192, 256], "depths": [1, 1, 1], "mirror": True, "cycles": [
         {"epochs": 24, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 3, "flip": True},
+        {"epochs": 10, "learning_rate": 0.06, "weight_decay": 5e-4, "shift": 2, "flip": True},
     ]},
     # ends without flips: a classifier that is blind to them could not see that they put shoes off the data
     "fashion_mnist": DEFAULT_RECIPE | {"cycles": [
@@ -98,7 +99,8 @@ class ResidualBlock(nn.Module):
 class FeatureNet(nn.Module):
     """A small ResNet classifier: float N x C x H x W in [-1, 1] -> features N x widths[-1], logits N x classes.
 
-    Its features are the activations before the last layer, averaged over positions. `name`, `sha256` (of the weights'
+    Its features are the activations before the last layer, averaged over positions; with `mirror`, once trained, also over
+    the image and its mirror image, which makes a better classifier of data where left and right mean nothing. `name`, `sha256` (of the weights'
     file), `classes` and `test_accuracy` are set by `load_features`.
     """
 
@@ -106,8 +108,10 @@ class FeatureNet(nn.Module):
     classes: list[str]
     test_accuracy: float
 
-    def __init__(self, channels: int, image_size: int, classes: int, widths: list[int], depths: list[int]):
+    def __init__(self, channels: int, image_size: int, classes: int, widths: list[int], depths: list[int],
+                 mirror: bool = False):  # fmt: skip
         super().__init__()
+        self.mirror = mirror
         self.image_shape = (channels, image_size, image_size)
         self.stem = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
         self.norm = nn.BatchNorm2d(widths[0])
@@ -119,7 +123,8 @@ class FeatureNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = x.contiguous(memory_format=torch.channels_last)
-        features = self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3))
+        views = [x, x.flip(-1)] if self.mirror and not self.training else [x]
+        features = sum(self.blocks(F.relu(self.norm(self.stem(view)))).mean((2, 3)) for view in views) / len(views)
         return features, self.head(features)
 
 
@@ -147,7 +152,7 @@ def train_features(name: str, seed: int = 0) -> dict:
     """Train the classifier of data set `name`; write features_NAME and reference_NAME (.safetensors) to checkpoints/.
 
     Nesterov SGD, learning-rate cycles, label smoothing. The state after every epoch is in runs/features_NAME/, where an
-    interrupted training goes on. Returns the facts that the weights' file records.
+    interrupted training goes on; delete it to start again. Returns the facts that the weights' file records.
     """
     train, test = load_whole(name), load_whole(name, "test")
     if train.labels is None or len(train.classes) < 2:
@@ -158,7 +163,7 @@ def train_features(name: str, seed: int = 0) -> dict:
     if len(train) < recipe["batch_size"]:
         raise UserError(f"{len(train)} training images are too few for a classifier: it needs {recipe['batch_size']} or more")
     architecture = {"channels": train.images.shape[1], "image_size": train.image_size, "classes": len(train.classes),
-                    "widths": recipe["widths"], "depths": recipe["depths"]}  # fmt: skip
+                    "widths": recipe["widths"], "depths": recipe["depths"], "mirror": recipe["mirror"]}  # fmt: skip
     torch.manual_seed(seed)
     net = FeatureNet(**architecture).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, nesterov=True)
@@ -171,7 +176,7 @@ def train_features(name: str, seed: int = 0) -> dict:
             state = torch.load(path, weights_only=True)
         except Exception as error:  # torch.load raises whatever the bytes happen to provoke
             raise UserError(f"{path} is damaged: delete it to start again") from error
-        if state["identity"] == identity and len(state["history"]) < len(epochs):
+        if state["identity"] == identity:
             net.load_state_dict(state["net"])
             optimizer.load_state_dict(state["optimizer"])
             history = state["history"]

@@ -416,6 +416,25 @@ def test_a_folder_of_photographs_is_measured_in_another_classifiers_features(tmp
     assert result["frechet_distance_to_train"] == pytest.approx(0, abs=1e-6)
 
 
+def test_mirrored_features_do_not_tell_left_from_right():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    for mirror in (False, True):
+        net = evaluate.FeatureNet(3, 8, 2, [4, 8], [1], mirror).eval()
+        for here, there in zip(net(x), net(x.flip(-1)), strict=True):
+            assert torch.allclose(here, there, atol=1e-6) == mirror
+    weights = net.state_dict()
+    plain = evaluate.FeatureNet(3, 8, 2, [4, 8], [1])
+    plain.load_state_dict(weights)
+    assert torch.allclose(net(x)[1], (plain.eval()(x)[1] + plain(x.flip(-1))[1]) / 2, atol=1e-6)
+
+
+def test_finished_classifier_training_is_not_repeated(toy, tmp_path, monkeypatch):
+    first = evaluate.train_features("toy")
+    monkeypatch.setattr(evaluate, "train_epoch", lambda *_: pytest.fail("trained again"))
+    assert evaluate.train_features("toy") == first
+
+
 def test_interrupted_classifier_training_goes_on_to_the_same_weights(toy, tmp_path, monkeypatch):
     evaluate.train_features("toy")
     path = tmp_path / "checkpoints/features_toy.safetensors"
