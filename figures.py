@@ -165,7 +165,7 @@ def labelled_rows(rows, column_labels=None, scale=4, width=TEXT_WIDTH, gap=1):
     pitch_x, pitch_y = (side + gap) * scale, (height + gap) * scale
     labels = list(column_labels) if column_labels is not None else []
     longest = max(map(len, labels), default=1)
-    font_size = min(plt.rcParams["font.size"], 72 * picture_width / count / (0.65 * longest))  # so that labels do not touch
+    font_size = min(plt.rcParams["font.size"], 72 * picture_width / count / (0.6 * longest))  # so that labels do not touch
     axes.set_xticks([gap * scale / 2 + (i + 0.5) * pitch_x for i in range(len(labels))], labels, fontsize=font_size)
     axes.set_yticks([gap * scale / 2 + (i + 0.5) * pitch_y for i in range(len(rows))], list(rows))
     return fig
