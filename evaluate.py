@@ -760,7 +760,8 @@ def sanity(data_name: str, n: int = 5000, seed: int = 0) -> dict:
     order = torch.randperm(len(train), generator=g)
     x = train.images[order[:n]]
     test = load_data(data_name, "test").images
-    sets = {"test": test[:n], "train": x}
+    # chosen at random, since the images of a folder come class by class
+    sets = {"test": test[torch.randperm(len(test), generator=generator(seed, 1))[:n]], "train": x}
     for sigma in (0.5, 1.0, 2.0):
         sets[f"blurred {sigma:g} px"] = blur(x, sigma)
     for sigma in (0.05, 0.1, 0.2, 0.4):
