@@ -51,15 +51,14 @@ def earlier_rows(path, settings):
 def run_sweep(args):
     """Measure the samples of each kind of weights at each guidance scale; what --out already holds is not done again."""
     check_writable(args.out)
-    for weights in args.weights:
-        training.load_checkpoint(args.checkpoint, weights)  # all of them before the work, not one after the other
+    device = pick_device(args.device)
+    # all of them before the work: one that is not there is refused at once
+    models = {weights: training.load_checkpoint(args.checkpoint, weights, device) for weights in args.weights}
     sha256 = evaluate.sha256(args.checkpoint)
     settings = {"checkpoint": args.checkpoint.name, "sha256": sha256, "sampler": {"sampler": "ddpm", "steps": args.steps},
                 "n": args.n, "seed": args.seed, "data": args.data}  # fmt: skip
     rows = earlier_rows(args.out, settings)
-    device = pick_device(args.device)
-    for weights in args.weights:
-        model, diffusion, config = training.load_checkpoint(args.checkpoint, weights, device)
+    for weights, (model, diffusion, config) in models.items():
         if model.num_classes is None:
             raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
         if args.steps > diffusion.timesteps:

@@ -106,9 +106,9 @@ def check_finished(args):
     """Raise UserError where the finished experiment in args.out had other settings than the flags ask for."""
     _, config = cli.load_training(args)
     _, trained = training.read_checkpoint(args.out / "model.safetensors")
-    config["train"]["precision"] = config["train"]["precision"] or trained["train"]["precision"]
+    training.take_over(config["train"], trained["train"])
     training.check_settings(config, trained, args.out)
-    if config["train"]["steps"] not in (None, trained["train"]["steps"]):
+    if config["train"]["steps"] != trained["train"]["steps"]:
         raise UserError(f"{args.out} was trained for {trained['train']['steps']} steps, not {config['train']['steps']}: "
                         "use another --out")  # fmt: skip
     path = args.out / "result.json"

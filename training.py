@@ -369,10 +369,11 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
                 stack.enter_context(locked(out))
             except Held as error:
                 held = error
-        if any_process(held is not None, world, pick_device(device)):  # or the others would wait for rank 0
+        device = pick_device(device)
+        if any_process(held is not None, world, device):  # or the others would wait for rank 0
             raise held or Held(f"another process is training in {out}")
         try:
-            run = Run(config, data, out, pick_device(device), rank, world, resume, init)
+            run = Run(config, data, out, device, rank, world, resume, init)
             run.loop(minutes, sample_every, compile, accumulate)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -380,6 +381,13 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
             raise UserError(f"out of memory: try --batch-size {max(1, config['train']['batch_size'] // 2)}, or the same "
                             f"batch in smaller parts with --accumulate {2 * accumulate}") from error  # fmt: skip
     return out / "model.safetensors"
+
+
+def take_over(settings, started):
+    """Fill in what --minutes, or no --precision, left to the machine: as the run that was `started` had it."""
+    for name in ("steps", "precision"):
+        if settings[name] is None:
+            settings[name] = started[name]
 
 
 def check_settings(config, started, out):
@@ -454,10 +462,8 @@ class Run:
         if not resume:
             raise UserError(f"{self.out} holds a run already: add --resume to go on with it, or use another --out")
         self.states, self.last_good = [path], state["step"]
-        saved, settings = json.loads(state["config"])["train"], self.config["train"]
-        for name in ("steps", "precision"):  # with --minutes; without --precision
-            if settings[name] is None:
-                settings[name] = saved[name]
+        settings = self.config["train"]
+        take_over(settings, json.loads(state["config"])["train"])
         if settings["steps"] is not None and settings["steps"] < state["step"]:
             raise UserError(f"the run in {self.out} has made {state['step']} steps already, more than {settings['steps']}")
         return state
