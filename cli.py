@@ -202,7 +202,7 @@ def run_sample(args):
     shape = (model.channels, *[config["data"]["image_size"]] * 2)
     options = {"seed": args.seed, "labels": labels, "cfg_scale": cfg_scale, "sampler": args.sampler,
                "steps": args.steps, "eta": args.eta, "variance": args.variance, "clip": args.clip}  # fmt: skip
-    source = {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": weights or "default",
+    source = {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": config["weights"],
               "seed": args.seed, "cfg_scale": cfg_scale, "sampler": args.sampler, "eta": args.eta,
               "steps": diffusion.step_count(args.sampler, args.steps)}  # fmt: skip
     columns = math.ceil(args.n**0.5)

@@ -71,6 +71,7 @@ def run_sweep(args):
         evaluate.check_shape(net, torch.empty(0, *shape))  # before the work, not after it
         evaluate.check_count(args.n, net.head.in_features)
         labels = cli.parse_labels("all", args.n, model.num_classes)
+        kind = config.pop("weights")  # the rest is the run's, the same for all
         facts = {"command": args.command, "config": config, "parameters": sum(p.numel() for p in model.parameters())}
         for scale in args.scales:
             if any(row["weights"] == weights and row["cfg_scale"] == scale for row in rows):
@@ -82,7 +83,7 @@ def run_sweep(args):
             quality = evaluate.evaluate_samples(
                 to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy(), data_name, need_labels=True
             )
-            rows.append({"weights": weights, "cfg_scale": scale, "quality": quality})
+            rows.append({"weights": weights, "kind": kind, "cfg_scale": scale, "quality": quality})
             say(f"{weights}, cfg_scale {scale:g}: Frechet distance {quality['frechet_distance']:.2f}, "
                 f"label agreement {quality['labels']['agreement']:.1%}")  # fmt: skip
             cli.write_json(args.out, {**facts, **settings, "rows": rows})

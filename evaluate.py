@@ -827,7 +827,7 @@ def run_model(args, measure) -> dict:
     model, diffusion, config = load_checkpoint(args.checkpoint, args.weights, pick_device(args.device))
     images, labels, data_name = model_images(args.data, config, args.n)
     result = measure(model, diffusion, images, labels, seed=args.seed, batch_size=args.batch_size)
-    return {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": args.weights or "default",
+    return {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": config["weights"],
             "data": data_name, "split": "test", **result}  # fmt: skip
 
 

@@ -148,10 +148,10 @@ def read_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint of this project, or it is damaged: {error}") from error
 
 
-def select_weights(tensors, kind, config, path="the checkpoint"):
-    """The state dict of one kind of weights: "raw", "ema_BETA", or "ema", the first of the run's --ema-beta that is there.
+def find_kind(tensors, kind, config, path="the checkpoint"):
+    """The kind of weights that is meant: "raw", "ema_BETA", or for "ema" the first of the run's --ema-beta that is there.
 
-    None is "ema", or "raw" where there is no average.
+    None is "ema", or "raw" where there is no average. Raises UserError.
     """
     kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
     if kind is None:
@@ -161,6 +161,12 @@ def select_weights(tensors, kind, config, path="the checkpoint"):
         kind = next((k for k in of_run if k in kinds), kind)
     if kind not in kinds:
         raise UserError(f"{path} has no {kind} weights, only {', '.join(kinds)}")
+    return kind
+
+
+def select_weights(tensors, kind, config, path="the checkpoint"):
+    """The state dict of one kind of weights (see `find_kind`)."""
+    kind = find_kind(tensors, kind, config, path)
     return {name.removeprefix(f"{kind}/"): w for name, w in tensors.items() if name.startswith(f"{kind}/")}
 
 
@@ -194,15 +200,18 @@ def load_weights(model, weights, path):
 def load_checkpoint(path, weights=None, device="cpu"):
     """(model in eval mode, Diffusion, config) from a safetensors checkpoint or a course .pt file.
 
-    weights: None (the average where there is one), "raw", "ema", or "ema_BETA". Raises UserError.
+    weights: None (the average where there is one), "raw", "ema", or "ema_BETA"; config["weights"] says which was read.
+    Raises UserError.
     """
     if Path(path).suffix == ".pt":
         state, config = read_course_checkpoint(path)
         if weights not in (None, "raw"):
             raise UserError(f"{path} holds one set of weights: leave --ema and --no-ema out")
+        config["weights"] = "raw"
     else:
         tensors, config = read_checkpoint(path)
-        state = select_weights(tensors, weights, config, path)
+        config["weights"] = find_kind(tensors, weights, config, path)
+        state = select_weights(tensors, config["weights"], config, path)
     model = build_model(config["model"])
     load_weights(model, state, path)
     check_image_size(model, config["data"].get("image_size"))

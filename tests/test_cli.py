@@ -1,10 +1,12 @@
 """The three scripts from their command lines: what they write, what they say, and how they refuse bad input."""
 
 import hashlib
+import itertools
 import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -287,6 +289,30 @@ def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, capsys, r
     assert capsys.readouterr().out.count("model.safetensors") == 2  # nothing is trained twice
     for more, words in ((["--lr", 0.5], "started with lr = "), (["--epochs", 50], "was trained for"), (["--n", 9], "was measured over")):
         assert words in refused(ddpm_unconditional.main, *flags, "--only", "cosine_l2", *more)
+
+
+def test_sweep_goes_on_where_it_stopped(classes, tmp_path, monkeypatch):
+    """One row for each kind of weights and scale, the same labels and noise for all; what is there is not measured again."""
+    measured = []
+
+    def evaluate_samples(images, labels, data_name, need_labels):
+        assert need_labels and labels.tolist() == [i % 10 for i in range(20)]
+        measured.append(images)
+        return {"frechet_distance": float(len(measured)), "labels": {"agreement": 0.5}}
+
+    monkeypatch.setattr(evaluate, "load_features", lambda _: SimpleNamespace(head=SimpleNamespace(in_features=2)))
+    monkeypatch.setattr(evaluate, "check_shape", lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate_samples", evaluate_samples)
+    out = tmp_path / "sweep.json"
+    flags = ["sweep", "--checkpoint", classes, "--out", out, "--n", 20, "--steps", 3]
+    run(ddpm_conditional.main, *flags, "--weights", "ema", "--scales", 1)
+    run(ddpm_conditional.main, *flags, "--weights", "raw", "ema", "--scales", 1, 3)
+    result = json.loads(out.read_text())
+    rows = [(row["weights"], row["kind"], row["cfg_scale"], row["quality"]["frechet_distance"]) for row in result["rows"]]
+    assert rows == [("ema", "ema_0.5", 1, 1), ("raw", "raw", 1, 2), ("raw", "raw", 3, 3), ("ema", "ema_0.5", 3, 4)]
+    assert result["sha256"] == utils.sha256(classes) and result["config"] == training.read_checkpoint(classes)[1]
+    assert measured[0].shape == (20, 8, 8, 1)
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(measured, 2))
 
 
 # --- publish -----------------------------------------------------------------------------------------------------------

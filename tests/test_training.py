@@ -422,6 +422,7 @@ def test_each_kind_of_weights(finished):
     path, raw = finished / "model.safetensors", load_state(finished)[0]["model"]
     for kind in (None, "ema", "ema_0.5", "ema_0.9", "raw"):
         model, diffusion, config = load_checkpoint(path, kind)
+        assert config["weights"] == {None: "ema_0.5", "ema": "ema_0.5"}.get(kind, kind)
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         assert (diffusion.timesteps, diffusion.schedule) == (20, "cosine") and config["train"]["steps"] == 12
         assert all(torch.equal(w, raw[n]) for n, w in model.state_dict().items()) == (kind == "raw")
