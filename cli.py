@@ -75,6 +75,7 @@ def add_train_flags(parser, conditional):
     add("--width", type=number(int, 1, 4096), help="feature maps at the first level (default: the network's own)")
     add("--mults", type=number(int, 1, 64), nargs="+", help="width of each level, in multiples of --width (patch)")
     add("--depth", type=number(int, 1, 64), help="blocks per level (patch)")
+    add("--patch", type=number(int, 1, 64), help="side of the pixel blocks that the network works on (patch)")
     add("--block", choices=list(BLOCKS), help="kind of block (patch)")
     add("--attention", action=argparse.BooleanOptionalAction, help="linear attention at the outer levels (patch)")
     add("--ema-beta", type=number(float, 0, 0.999999), nargs="+", default=[0.995], help="one or more averages to keep")
@@ -117,8 +118,8 @@ def make_config(args, data):
     """The run's configuration, from the flags and the data; what a flag leaves out the network's default decides."""
     channels = data.images.shape[1]
     if args.model == "patch":
-        shape = {"width": args.width, "mults": args.mults, "depth": args.depth, "block": args.block,
-                 "attention": args.attention}
+        shape = {"width": args.width, "mults": args.mults, "depth": args.depth, "patch": args.patch,
+                 "block": args.block, "attention": args.attention}  # fmt: skip
     else:
         shape = {"width": args.width}
     model = {"name": MODELS[args.model], "channels": channels} | {k: v for k, v in shape.items() if v is not None}
