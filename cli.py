@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import training
-from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES
+from ddpm import ETAS, LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES
 from modules import BLOCKS
 from utils import (
     ArgumentParser,
@@ -98,7 +98,7 @@ def add_sample_flags(parser, conditional):
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images, in all")
     add("--sampler", choices=SAMPLERS, default="ddim", help="ddpm: ancestral; ddim; dpm: second order")
     add("--steps", type=positive, help="network evaluations per image (default: ddpm all T, ddim 50, dpm 20)")
-    add("--eta", type=number(float, 0, 1), default=0.0, help="DDIM's noise: 0 none, 1 as much as DDPM")
+    add("--eta", type=number(float, 0, 1), help="noise: 0 none, 1 as much as DDPM (default: ddim 0, dpm 1)")
     add("--variance", choices=["posterior", "beta"], default="posterior", help="DDPM's noise")
     add("--clip", action=argparse.BooleanOptionalAction, default=True, help="keep the predicted x0 within [-1, 1]")
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged or raw weights (default: averaged if there are)")
@@ -201,10 +201,11 @@ def run_sample(args):
         raise UserError(f"--cfg-scale {cfg_scale:g} needs labels to guide towards: "
                         f"{'leave --labels none out' if model.num_classes else 'this checkpoint has no classes'}")  # fmt: skip
     shape = (model.channels, *[config["data"]["image_size"]] * 2)
+    eta = ETAS.get(args.sampler) if args.eta is None else args.eta
     options = {"seed": args.seed, "labels": labels, "cfg_scale": cfg_scale, "sampler": args.sampler,
-               "steps": args.steps, "eta": args.eta, "variance": args.variance, "clip": args.clip}  # fmt: skip
+               "steps": args.steps, "eta": eta, "variance": args.variance, "clip": args.clip}  # fmt: skip
     source = {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": config["weights"],
-              "seed": args.seed, "cfg_scale": cfg_scale, "sampler": args.sampler, "eta": args.eta,
+              "seed": args.seed, "cfg_scale": cfg_scale, "sampler": args.sampler, "eta": eta,
               "steps": diffusion.step_count(args.sampler, args.steps)}  # fmt: skip
     columns = math.ceil(args.n**0.5)
     with training.autocast(device):

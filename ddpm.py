@@ -19,6 +19,8 @@ SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid")
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 OBJECTIVES = ("simple", "vlb")
 SAMPLERS = {"ddpm": None, "ddim": 50, "dpm": 20}  # and their default numbers of steps; None: all T
+ETAS = {"ddim": 0.0, "dpm": 1.0}  # how much noise they add by default: 0 none, 1 as much as DDPM
+MIN_SIGNAL = 1e-4  # alphas_cumprod where few-step sampling starts
 BETA_START, BETA_END = 1e-4, 0.02  # chosen by Ho et al. for T = 1000
 MAX_TIMESTEPS = 100_000
 
@@ -123,14 +125,36 @@ class Diffusion:
 
     def step_pairs(self, steps):
         """The timesteps visited, as pairs (t, next t): `steps` of them, evenly spaced from T-1 down; the last next is -1."""
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"steps must be between 1 and the model's {self.timesteps} timesteps, not {steps}")
+        self.check_steps(steps)
         visited = [round(self.timesteps * (1 - i / steps)) - 1 for i in range(steps)]
         return list(zip(visited, [*visited[1:], -1], strict=True))
+
+    def log_snr_pairs(self, steps):
+        """As `step_pairs`, but evenly spaced in the log-SNR, and from the noisiest t that still holds some of the image.
+
+        At purer noise the predicted x0 is a small error divided by a smaller number: it says nothing, and is clipped.
+        """
+        self.check_steps(steps)
+        half_log_snr = torch.tensor([self.half_log_snr(t) for t in range(self.timesteps)], dtype=torch.float64)
+        first = max(t for t in range(self.timesteps) if t < steps or self.signal(t) >= MIN_SIGNAL)
+        targets = torch.linspace(half_log_snr[first], half_log_snr[0], steps, dtype=torch.float64)
+        visited = []
+        for i, t in enumerate(torch.searchsorted(-half_log_snr, -targets).tolist()):
+            after, before = steps - 1 - i, visited[-1] if visited else self.timesteps
+            visited.append(max(after, min(t, before - 1)))  # a timestep of its own for each step, also where they are few
+        return list(zip(visited, [*visited[1:], -1], strict=True))
+
+    def check_steps(self, steps):
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"steps must be between 1 and the model's {self.timesteps} timesteps, not {steps}")
 
     def signal(self, t):
         """alphas_cumprod at t as a float; 1 at t = -1, the clean image."""
         return self.alphas_cumprod_float64[t] if t >= 0 else 1.0
+
+    def half_log_snr(self, t):
+        """log(sqrt(alphas_cumprod) / sqrt(1 - alphas_cumprod)) at t, the lambda of Lu et al."""
+        return 0.5 * math.log(self.signal(t) / (1 - self.signal(t)))
 
     def x0_and_eps(self, eps_model, x, t, clip):
         """The predicted x0, clipped to the images' range where asked, and the noise consistent with it."""
@@ -171,36 +195,39 @@ class Diffusion:
                 x = x + sigma2**0.5 * draw()
             yield x
 
-    def dpm_sampler(self, eps_model, x, steps=20, clip=True):
-        """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: deterministic and second order.
+    def dpm_sampler(self, eps_model, x, draw, steps=20, eta=1.0, clip=True):
+        """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095): second order, so that a few steps are enough.
 
-        Like DDIM, but each step extrapolates x0 from the last two predictions; lambda = log(alpha / sigma) is half the
-        log-SNR. The last step, to the clean image, is DDIM's.
+        eta = 0 solves the deterministic equation (their algorithm 2), eta = 1 the stochastic one, which corrects errors of
+        the network as DDPM's noise does. Each step extrapolates x0 from the last two predictions. The last step, to the
+        clean image, is DDIM's.
         """
         yield x
         last_x0 = last_h = None
-        for t, s in self.step_pairs(steps):
+        for t, s in self.log_snr_pairs(steps):
             a_t, a_s = self.signal(t), self.signal(s)
             x0, _ = self.x0_and_eps(eps_model, x, t, clip)
             if s < 0:
                 yield x0
                 return
-            h = 0.5 * (math.log(a_s / (1 - a_s)) - math.log(a_t / (1 - a_t)))
+            h = self.half_log_snr(s) - self.half_log_snr(t)
             d = x0 if last_x0 is None else x0 + h / (2 * last_h) * (x0 - last_x0)
-            x = ((1 - a_s) / (1 - a_t)) ** 0.5 * x - a_s**0.5 * math.expm1(-h) * d
+            x = ((1 - a_s) / (1 - a_t)) ** 0.5 * math.exp(-eta * h) * x - a_s**0.5 * math.expm1(-(1 + eta) * h) * d
+            if eta > 0:
+                x = x + (-(1 - a_s) * math.expm1(-2 * eta * h)) ** 0.5 * draw()
             last_x0, last_h = x0, h
             yield x
 
     @torch.inference_mode()
     def trajectory(
-        self, model, shape, indices, seed=0, labels=None, cfg_scale=0.0, sampler="ddim", steps=None, eta=0.0,
+        self, model, shape, indices, seed=0, labels=None, cfg_scale=0.0, sampler="ddim", steps=None, eta=None,
         variance="posterior", clip=True, x_T=None,
     ):  # fmt: skip
         """Yield every x_t (N x C x H x W) of the images numbered `indices`; image i's noise depends on (seed, i) alone.
 
-        shape is C x H x W; labels int64 N or None; x_T replaces the starting noise; steps: None is the sampler's default.
+        shape is C x H x W; labels int64 N or None; x_T replaces the starting noise; steps, eta: None is the sampler's default.
         """
-        steps = self.step_count(sampler, steps)
+        steps, eta = self.step_count(sampler, steps), ETAS.get(sampler) if eta is None else eta
         device = self.betas.device
         draw = ImageNoise(seed, indices, shape, device)
         x = draw() if x_T is None else x_T.to(device)
@@ -209,7 +236,7 @@ class Diffusion:
             return (yield from self.ddpm_sampler(eps_model, x, draw, steps, variance, clip))
         if sampler == "ddim":
             return (yield from self.ddim_sampler(eps_model, x, draw, steps, eta, clip))
-        return (yield from self.dpm_sampler(eps_model, x, steps, clip))
+        return (yield from self.dpm_sampler(eps_model, x, draw, steps, eta, clip))
 
     def step_count(self, sampler, steps=None):
         """How many steps a sampler takes: `steps`, or its default where that is None."""

@@ -18,6 +18,7 @@ import torch
 import cli
 import evaluate
 import training
+from ddpm import SAMPLERS
 from utils import (
     UserError,
     check_writable,
@@ -55,7 +56,7 @@ def run_sweep(args):
     # all of them before the work: one that is not there is refused at once
     models = {weights: training.load_checkpoint(args.checkpoint, weights, device) for weights in args.weights}
     sha256 = evaluate.sha256(args.checkpoint)
-    settings = {"checkpoint": args.checkpoint.name, "sha256": sha256, "sampler": {"sampler": "ddpm", "steps": args.steps},
+    settings = {"checkpoint": args.checkpoint.name, "sha256": sha256, "sampler": {"sampler": args.sampler, "steps": args.steps},
                 "n": args.n, "seed": args.seed, "data": args.data}  # fmt: skip
     rows = earlier_rows(args.out, settings)
     for weights, (model, diffusion, config) in models.items():
@@ -78,8 +79,8 @@ def run_sweep(args):
                 continue
             bar = functools.partial(progress, unit="step", desc=f"{weights}, cfg_scale {scale:g}")
             with training.autocast(device):
-                images = diffusion.sample(model, args.n, shape, labels=labels, cfg_scale=scale, sampler="ddpm",
-                                          steps=args.steps, seed=args.seed, progress=bar)  # fmt: skip
+                images = diffusion.sample(model, args.n, shape, labels=labels, cfg_scale=scale, seed=args.seed,
+                                          progress=bar, **settings["sampler"])  # fmt: skip
             quality = evaluate.evaluate_samples(
                 to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy(), data_name, need_labels=True
             )
@@ -100,7 +101,8 @@ def main(argv=None):
     sweep.add_argument("--weights", nargs="+", default=["raw", "ema"], help="raw, ema, or ema_BETA")
     sweep.add_argument("--scales", nargs="+", type=number(float, 0), default=SCALES, help="guidance scales")
     sweep.add_argument("--n", type=positive, default=2000, help="samples per setting, spread over the classes")
-    sweep.add_argument("--steps", type=positive, default=50, help="ancestral steps")
+    sweep.add_argument("--sampler", choices=SAMPLERS, default="dpm", help="as for `sample`")
+    sweep.add_argument("--steps", type=positive, default=20, help="network evaluations per image")
     sweep.add_argument("--seed", type=natural, default=0, help="image i depends on (seed, i) only")
     sweep.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     sweep.add_argument("--out", type=Path, required=True, help="the .json to write, or to go on with")

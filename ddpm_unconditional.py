@@ -135,6 +135,7 @@ def measure(name, folder, data, n, device):
     test = to_model(load_data(data, "test", size).images[:1000])
     result = {
         "name": name, "sha256": evaluate.sha256(path), "config": config, "final_loss": losses[-200:].mean().item(),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "sampler": SAMPLER | {"n": n}, "quality": sample_and_measure("samples.png"),
         "noise_error": evaluate.noise_error(model, diffusion, test),
         "likelihood": evaluate.variational_bound(model, diffusion, test),

@@ -301,22 +301,27 @@ def test_ddim_is_diffusers(schedule, eta, clip, dtype, tolerance):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own, with NumPy 2
+@pytest.mark.parametrize("eta, algorithm", [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("timesteps, steps", [(1000, 20), (1000, 7), (60, 60), (50, 1), (50, 2)])
-def test_dpm_is_diffusers(schedule, timesteps, steps):
+def test_dpm_is_diffusers(schedule, timesteps, steps, eta, algorithm):
+    """On our choice of timesteps."""
     theirs = diffusers.DPMSolverMultistepScheduler(
-        timesteps, trained_betas=their_betas(schedule, timesteps), algorithm_type="dpmsolver++", solver_order=2,
-        solver_type="midpoint", final_sigmas_type="zero", timestep_spacing="trailing",
+        timesteps, trained_betas=their_betas(schedule, timesteps), algorithm_type=algorithm, solver_order=2,
+        solver_type="midpoint", final_sigmas_type="zero",
     )  # fmt: skip
+    d, shape = Diffusion(timesteps, schedule), (2, 1, 4, 4)
     theirs.set_timesteps(steps)
+    theirs.timesteps = torch.tensor([t for t, _ in d.log_snr_pairs(steps)])
     a = (1 - beta_schedule(schedule, timesteps)).cumprod(0)[theirs.timesteps]
     theirs.sigmas = torch.cat([(1 / a - 1).sqrt(), torch.zeros(1, dtype=f64)])  # in float64, as ours
-    x = noise_sequence((2, 1, 4, 4))()
-    chain = Diffusion(timesteps, schedule).dpm_sampler(some_model, x, steps, clip=False)
+    x, draw, their_draw = noise_sequence(shape)(), noise_sequence(shape, 1), noise_sequence(shape, 1)
+    chain = d.dpm_sampler(some_model, x, draw, steps, eta, clip=False)
     next(chain)
-    for t, ours in zip(theirs.timesteps, chain, strict=True):
-        x = theirs.step(some_model(x, t.item()), t, x).prev_sample
-        torch.testing.assert_close(ours, x, rtol=1e-6, atol=1e-6)
+    for i, (t, ours) in enumerate(zip(theirs.timesteps, chain, strict=True)):
+        noise = their_draw() if eta and i < steps - 1 else torch.zeros(shape, dtype=f64)  # the last step adds none
+        x = theirs.step(some_model(x, t.item()), t, x, variance_noise=noise).prev_sample
+        torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
 
 
 # --- samplers on Gaussian data -----------------------------------------------------------------------------------------
@@ -392,7 +397,7 @@ def test_ddim_on_gaussian_data(schedule, timesteps, steps, eta):
     np.testing.assert_allclose(ours, (mean, var), rtol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddpm-beta", "ddim", "ddim-eta", "dpm"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddpm-beta", "ddim", "ddim-eta", "dpm", "dpm-eta"])
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_samplers_approach_the_data(schedule, sampler):
     """With more steps, every sampler's mean and standard deviation come closer to the data's. cosine: T grows. linear
@@ -405,7 +410,8 @@ def test_samplers_approach_the_data(schedule, sampler):
             "ddpm-beta": (lambda *a: d.ddpm_sampler(gaussian_predictor(d), *a, steps, "beta", clip=False), steps),  # noqa: B023
             "ddim": (lambda *a: d.ddim_sampler(gaussian_predictor(d), *a, steps, clip=False), 1),  # noqa: B023
             "ddim-eta": (lambda *a: d.ddim_sampler(gaussian_predictor(d), *a, steps, 1.0, clip=False), steps),  # noqa: B023
-            "dpm": (lambda x, _: d.dpm_sampler(gaussian_predictor(d), x, steps, clip=False), 1),  # noqa: B023
+            "dpm": (lambda *a: d.dpm_sampler(gaussian_predictor(d), *a, steps, 0.0, clip=False), 1),  # noqa: B023
+            "dpm-eta": (lambda *a: d.dpm_sampler(gaussian_predictor(d), *a, steps, clip=False), steps),  # noqa: B023
         }[sampler]
         mean, variance = sampled_mean_and_variance(run, sources)
         errors.append(max(abs(mean - MEAN), abs(variance**0.5 - STD)))
@@ -427,7 +433,30 @@ def test_step_pairs(timesteps, data):
     assert max(gaps) - min(gaps) <= 2  # evenly spaced, up to rounding
 
 
-class _only:
+@given(a_schedule, st.integers(1, 300), st.data())
+def test_log_snr_pairs(schedule, timesteps, data):
+    steps, d = data.draw(st.integers(1, timesteps)), Diffusion(timesteps, schedule)
+    pairs = d.log_snr_pairs(steps)
+    assert len(pairs) == steps and pairs[-1][1] == -1 and all(t > s for t, s in pairs)
+    assert all(one[1] == two[0] for one, two in zip(pairs[:-1], pairs[1:], strict=True))
+    first = pairs[0][0]
+    assert d.signal(first) >= ddpm.MIN_SIGNAL or first < steps  # nearly pure noise only where every timestep is needed
+    assert first == timesteps - 1 or d.signal(first + 1) < ddpm.MIN_SIGNAL
+    with pytest.raises(ValueError, match="steps must be between"):
+        d.log_snr_pairs(timesteps + 1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_log_snr_pairs_are_evenly_spaced(schedule):
+    """Up to the timesteps that there are: none lies between where a step should end and where it does."""
+    d, steps = Diffusion(1000, schedule), 10
+    visited = [t for t, _ in d.log_snr_pairs(steps)]
+    targets = np.linspace(d.half_log_snr(visited[0]), d.half_log_snr(0), steps)
+    for t, target in list(zip(visited, targets, strict=True))[1:-1]:
+        assert d.half_log_snr(t) <= target < d.half_log_snr(t - 1)
+
+
+class _only(Diffusion):
     """Stands in for a Diffusion where only its number of timesteps matters."""
 
     def __init__(self, timesteps):
@@ -523,6 +552,15 @@ def test_default_steps():
         calls.clear()
         d.sample(model, 1, (1, 2, 2), sampler=sampler)
         assert len(calls) == steps and calls[0] == 199
+
+
+def test_default_noise():
+    """Of the samplers that have a choice, DDIM adds none by default and DPM-Solver++ as much as DDPM."""
+    d, shape = Diffusion(30, "cosine"), (1, 4, 4)
+    for sampler, eta in ddpm.ETAS.items():
+        default, own, other = (d.sample(cheap_model, 2, shape, sampler=sampler, steps=10, eta=e) for e in (None, eta, 0.5))
+        assert torch.equal(default, own) and not torch.equal(default, other)
+    assert ddpm.ETAS == {"ddim": 0.0, "dpm": 1.0}
 
 
 def test_noise_is_standard_normal_and_independent():
