@@ -47,7 +47,7 @@ from modules import Attention, SelfAttention
 from utils import ROOT, ArgumentParser, UserError, check_writable, generator, load_data, pick_device, say
 
 TIMESTEPS = 1000  # of the models that are trained and sampled here; the plain unconditional sampler has 200
-FAST_STEPS, GUIDED_STEPS = 10, 20  # our second-order sampler's
+FAST_STEPS, GUIDED_STEPS = 10, 10  # our second-order sampler's
 CFG_SCALE = 3.0
 EMA_BETA = 0.995
 P_UNCOND = 0.1
@@ -657,6 +657,27 @@ def quality_sampling(name, effort, folder):
     return rows
 
 
+def quality_samplers(name, effort, folder):
+    """Frechet distance of the same network's samples against the number of steps, by sampler."""
+    if not have("grid_cosine_l2"):
+        return []
+    path, n = ROOT / "checkpoints/grid_cosine_l2.safetensors", SHAPE_SAMPLES
+    net, diffusion, config = training.load_checkpoint(path, device=pick_device())
+    sha256, shape, points = evaluate.sha256(path), (net.channels, *[config["data"]["image_size"]] * 2), {}
+    for sampler, eta in (("ddpm", None), ("ddim", 0.0), ("dpm", 0.0), ("dpm", 1.0)):
+        for steps in (5, 10, 20, 50, 100) if sampler == "ddpm" else (5, 10, 20):
+
+            def sample_batch(indices):
+                with training.autocast(pick_device()):
+                    return diffusion.sample(net, len(indices), shape, sampler=sampler, steps=steps, eta=eta, seed=indices[0])  # noqa: B023
+
+            kind = sampler if eta is None else f"{sampler}, eta = {eta:g}"
+            images = cached_samples(f"grid_cosine_l2_{sampler}_{eta}_{steps}_{sha256[:8]}", n, sample_batch)
+            points.setdefault(kind, {})[steps] = distance(images)
+    return [{"name": name, "what": f"Frechet distance of {n:,} samples against the steps", "checkpoint": path.name,
+             "sha256": sha256, "samplers": points}]  # fmt: skip
+
+
 def quality_guided(name, effort, folder):
     n, checkpoint = GUIDED_SAMPLES, "fashion_mnist_conditional"
     if not have(checkpoint):
@@ -776,7 +797,7 @@ BENCHMARKS = {
     "growth": measure_growth,
 }
 QUALITY = {
-    "tried": tried, "shapes": quality_shapes, "quality_sample": quality_sampling, "quality_guided": quality_guided,
+    "tried": tried, "shapes": quality_shapes, "samplers": quality_samplers, "quality_sample": quality_sampling, "quality_guided": quality_guided,
     "quality_minutes": quality_minutes,
 }  # fmt: skip
 EFFORT = {"quick": False, "repeats": 5, "seconds": 2.0, "matrix": 2048, "steps": 10}
@@ -806,6 +827,11 @@ def print_row(row):
     if "points" in row:
         points = ", ".join(f"{x}: {format_value(p['median'], row['unit'])}" for x, p in row["points"].items())
         print(f"{row['what']}: {points}")
+        return
+    if "samplers" in row:
+        print(f"{row['what']}:")
+        for sampler, points in row["samplers"].items():
+            print(f"    {sampler:<40} " + ", ".join(f"{steps}: {p['frechet_distance']:.2f}" for steps, p in points.items()))
         return
     if "shapes" in row:
         print(f"{row['what']}:")

@@ -28,7 +28,8 @@ def table(header, rows):
 def quality_cells(q):
     interval = q["frechet_bootstrap"]["interval_95"]
     labels = q.get("labels")
-    return [f"{q['frechet_distance']:.3f}", f"{interval[0]:.3f} to {interval[1]:.3f}", f"{q['precision']:.2f}", f"{q['recall']:.2f}",
+    precision, recall = (q[name] + 1e-9 for name in ("precision", "recall"))  # 0.835 becomes 0.84, as in the report
+    return [f"{q['frechet_distance']:.3f}", f"{interval[0]:.3f} to {interval[1]:.3f}", f"{precision:.2f}", f"{recall:.2f}",
             f"{labels['agreement']:.1%}" if labels else "", f"{q['samples']:,}"]  # fmt: skip
 
 
@@ -88,9 +89,10 @@ def speed_table():
                 gain += f" ({row['gain']['min']:.3g} to {row['gain']['max']:.3g})"
             target = f"{TARGETS[row['name']]:g}x" if row["name"] in TARGETS else ""
             rows.append([row["what"].strip(), *value, gain, target])
+    notes = "".join(f"\n- {row['what'].strip()}: {row['note']}" for row in benchmark["rows"] if row.get("unit") in ("s", "min") and "note" in row)
     machine = benchmark["machine"]
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}, bfloat16 {'yes' if machine['bfloat16'] else 'no'}"
-    return table(["work", "plain", "ours", "gain (min to max)", "aim"], rows) + f"\n\nMeasured on: {cpu}, torch {machine['torch']}."
+    return table(["work", "plain", "ours", "gain (min to max)", "aim"], rows) + f"\n{notes}\n\nMeasured on: {cpu}, torch {machine['torch']}."
 
 
 def number(x):
@@ -109,6 +111,11 @@ def tried_table():
         lines = [[s["shape"], f"{s['parameters']:,}", f"{s['images_per_second']:.0f}", f"{s['steps']:,}", f"{s['frechet_distance']:.2f}"]
                  for s in sorted(shapes["shapes"], key=lambda s: s["frechet_distance"])]  # fmt: skip
         parts.append(table([shapes["what"], "parameters", "images/s", "steps", "Fréchet"], lines))
+    if samplers := rows.get("samplers"):
+        counts = sorted({int(steps) for points in samplers["samplers"].values() for steps in points})
+        lines = [[f"`{sampler}`", *(f"{points[str(n)]['frechet_distance']:.2f}" if str(n) in points else "" for n in counts)]
+                 for sampler, points in samplers["samplers"].items()]  # fmt: skip
+        parts.append(table([f"{samplers['what'].replace('Frechet', 'Fréchet')} (`{samplers['checkpoint']}`)", *map(str, counts)], lines))
     return "\n\n".join(parts) or "Not measured yet: `python benchmark.py --only tried shapes`."
 
 
