@@ -207,6 +207,7 @@ def quality(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "QUALITY_RUNS", tmp_path / "runs")
     monkeypatch.setattr(benchmark, "SAMPLES", 6)
     monkeypatch.setattr(benchmark, "GUIDED_SAMPLES", 6)
+    monkeypatch.setattr(benchmark, "SHAPE_SAMPLES", 6)
     monkeypatch.setattr(benchmark, "GUIDED_STEPS", 3)
     result = {"frechet_distance": 6.0, "samples": 6}
     monkeypatch.setattr(benchmark, "distance", lambda images: result if len(images) == 6 else None)
@@ -240,6 +241,21 @@ def test_guided_quality_compares_one_checkpoint_with_itself(quality):
     plain, ours = row["details"]["plain"], row["details"]["ours"]
     assert plain["sha256"] == ours["sha256"] and (plain["steps"], ours["steps"]) == (19, 3)
     assert row["gain"]["median"] == 1
+
+
+def test_samplers_are_compared_on_one_network(quality, capsys):
+    config = tiny_config()
+    del config["model"]["num_classes"]
+    config["diffusion"]["timesteps"] = 100
+    model = randomise(training.build_model(config["model"]))
+    training.save_checkpoint(quality / "checkpoints/grid_cosine_l2.safetensors", {"ema_0.5": model.state_dict()}, config)
+    (row,) = benchmark.quality_samplers("samplers", benchmark.QUICK, None)
+    assert {name: list(points) for name, points in row["samplers"].items()} == \
+        {"ddpm": [5, 10, 20, 50, 100], "ddim, eta = 0": [5, 10, 20], "dpm, eta = 0": [5, 10, 20], "dpm, eta = 1": [5, 10, 20]}
+    made = {path.parent.name: path.read_bytes() for path in (quality / "runs").rglob("*.npz")}
+    assert len(made) == 14 and len(set(made.values())) == 14  # no two ways draw the same images
+    benchmark.print_row(row)
+    assert "dpm, eta = 1" in capsys.readouterr().out
 
 
 def test_without_checkpoints_there_are_no_quality_rows(quality, capsys):
