@@ -611,7 +611,8 @@ def test_samples_name_their_source(classes, tmp_path):
     run(ddpm_conditional.main, "sample", "--checkpoint", classes, "--n", 2, "--seed", 3, "--out", tmp_path / "x.npz")
     source = utils.samples_source(tmp_path / "x.npz")
     assert (source["checkpoint"], source["sha256"]) == (classes.name, utils.sha256(classes))
-    assert (source["seed"], source["sampler"], source["steps"]) == (3, "ddim", 20)
+    assert (source["seed"], source["sampler"], source["steps"], source["eta"]) == (3, "ddim", 20, 0)
+    assert source["weights"] == "ema_0.5"  # the run's first average
     utils.save_samples(tmp_path / "y.npz", np.zeros((2, 8, 8, 1), np.uint8))
     assert utils.samples_source(tmp_path / "y.npz") == {}
 
