@@ -122,7 +122,8 @@ def pixels(images, columns, scale=4, padding=1):
 
 
 def real_images(name, count=8):
-    """Test images of a data set that is not shipped, N x 3 x H x W: the first of each class, or the first `count`.
+    """Test images of a data set that is not shipped, N x 3 x H x W: the first of each class, or `count` evenly spaced ones (folders
+    of photographs are in the order of their names).
 
     They are kept in report/pictures/real_NAME.png, which is read where the data is not there.
     """
@@ -130,8 +131,8 @@ def real_images(name, count=8):
     if not path.is_file():
         data = load_data(name, "test")
         labels = data.labels if data.labels is not None and len(data.classes) == 10 else None
-        index = range(count) if labels is None else [int((labels == label).nonzero()[0]) for label in range(10)]
-        strip = image_grid(data.images[list(index)], len(index), padding=0)
+        index = [i * len(data) // count for i in range(count)] if labels is None else [int((labels == label).nonzero()[0]) for label in range(10)]
+        strip = image_grid(data.images[index], len(index), padding=0)
         with atomic_path(path) as temporary:
             Image.fromarray(strip).save(temporary)
     strip = torch.from_numpy(np.array(Image.open(path)))
