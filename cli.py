@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import training
-from ddpm import ETAS, LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES
+from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, noise_level
 from modules import BLOCKS
 from utils import (
     ArgumentParser,
@@ -201,11 +201,10 @@ def run_sample(args):
         raise UserError(f"--cfg-scale {cfg_scale:g} needs labels to guide towards: "
                         f"{'leave --labels none out' if model.num_classes else 'this checkpoint has no classes'}")  # fmt: skip
     shape = (model.channels, *[config["data"]["image_size"]] * 2)
-    eta = ETAS.get(args.sampler) if args.eta is None else args.eta
     options = {"seed": args.seed, "labels": labels, "cfg_scale": cfg_scale, "sampler": args.sampler,
-               "steps": args.steps, "eta": eta, "variance": args.variance, "clip": args.clip}  # fmt: skip
+               "steps": args.steps, "eta": args.eta, "variance": args.variance, "clip": args.clip}  # fmt: skip
     source = {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": config["weights"],
-              "seed": args.seed, "cfg_scale": cfg_scale, "sampler": args.sampler, "eta": eta,
+              "seed": args.seed, "cfg_scale": cfg_scale, "sampler": args.sampler, "eta": noise_level(args.sampler, args.eta),
               "steps": diffusion.step_count(args.sampler, args.steps)}  # fmt: skip
     columns = math.ceil(args.n**0.5)
     with training.autocast(device):

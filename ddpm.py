@@ -55,6 +55,16 @@ def per_image(table, t):
     return table[t].view(-1, 1, 1, 1)
 
 
+def with_next(visited):
+    """[999, 949, ..., 0] -> [(999, 949), ..., (0, -1)]: every timestep with the one that follows."""
+    return list(zip(visited, [*visited[1:], -1], strict=True))
+
+
+def noise_level(sampler, eta=None):
+    """A sampler's eta: the one given, or its default; None for DDPM, which has no choice."""
+    return ETAS.get(sampler) if eta is None else eta
+
+
 class Diffusion:
     """The process for one schedule. All tables have T entries; index t is step t.
 
@@ -126,8 +136,7 @@ class Diffusion:
     def step_pairs(self, steps):
         """The timesteps visited, as pairs (t, next t): `steps` of them, evenly spaced from T-1 down; the last next is -1."""
         self.check_steps(steps)
-        visited = [round(self.timesteps * (1 - i / steps)) - 1 for i in range(steps)]
-        return list(zip(visited, [*visited[1:], -1], strict=True))
+        return with_next([round(self.timesteps * (1 - i / steps)) - 1 for i in range(steps)])
 
     def log_snr_pairs(self, steps):
         """As `step_pairs`, but evenly spaced in the log-SNR, and from the noisiest t that still holds some of the image.
@@ -142,7 +151,7 @@ class Diffusion:
         for i, t in enumerate(torch.searchsorted(-half_log_snr, -targets).tolist()):
             after, before = steps - 1 - i, visited[-1] if visited else self.timesteps
             visited.append(max(after, min(t, before - 1)))  # a timestep of its own for each step, also where they are few
-        return list(zip(visited, [*visited[1:], -1], strict=True))
+        return with_next(visited)
 
     def check_steps(self, steps):
         if not 1 <= steps <= self.timesteps:
@@ -227,7 +236,7 @@ class Diffusion:
 
         shape is C x H x W; labels int64 N or None; x_T replaces the starting noise; steps, eta: None is the sampler's default.
         """
-        steps, eta = self.step_count(sampler, steps), ETAS.get(sampler) if eta is None else eta
+        steps, eta = self.step_count(sampler, steps), noise_level(sampler, eta)
         device = self.betas.device
         draw = ImageNoise(seed, indices, shape, device)
         x = draw() if x_T is None else x_T.to(device)
