@@ -131,8 +131,6 @@ def make_config(args, data):
             model["name"] = "UNet_conditional"
     if args.objective == "vlb" and args.loss != "l2":
         raise UserError(f"--objective vlb is defined for --loss l2 only, not {args.loss}")
-    if args.init and not args.init.is_file():
-        raise UserError(f"no checkpoint at {args.init}")
     steps = None if args.minutes else max(1, round(args.epochs * len(data) / args.batch_size))
     if steps and steps > training.MAX_STEPS:
         raise UserError(f"--epochs {args.epochs:g} would be {steps:,} steps: that is a mistake")
@@ -145,8 +143,14 @@ def make_config(args, data):
                   "optimizer": args.optimizer, "seed": args.seed, "precision": args.precision,
                   "ema_betas": args.ema_beta, "ema_start": args.ema_start,
                   "p_uncond": getattr(args, "p_uncond", None), "label_dropout": getattr(args, "label_dropout", None),
-                  "init": {"checkpoint": args.init.name, "sha256": sha256(args.init)} if args.init else None},
+                  "init": describe_init(args.init) if args.init else None},
     }  # fmt: skip
+
+
+def describe_init(path):
+    """What a run remembers of the checkpoint that it starts from; "images": how many that one had seen."""
+    _, config = training.read_checkpoint(path)
+    return {"checkpoint": path.name, "sha256": sha256(path), "images": training.images_seen(config["train"])}
 
 
 def load_training(args):

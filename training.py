@@ -116,6 +116,12 @@ def check_image_size(model, size):
         raise UserError(f"this network needs an --image-size that {model.size_multiple} divides, not {size}")
 
 
+def images_seen(settings):
+    """How many images a run of these settings (config["train"]) has seen, with those of the run it was started from."""
+    before = (settings.get("init") or {}).get("images", 0)
+    return settings["steps"] * settings["batch_size"] + before
+
+
 def save_checkpoint(path, weights, config, losses=None, half=False):
     """Write {"raw": state_dict, "ema_0.999": state_dict, ...} with the configuration to one safetensors file.
 
@@ -143,6 +149,7 @@ def read_checkpoint(path):
             for section in ("model", "diffusion", "data"):
                 config[section].items()
             [f"{beta:g}" for beta in config["train"]["ema_betas"]]
+            f"{images_seen(config['train']):d}"
             return {name: file.get_tensor(name).float() for name in file.keys()}, config
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not a checkpoint of this project, or it is damaged: {error}") from error

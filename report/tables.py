@@ -9,7 +9,7 @@ is typed by hand, and a test can tell when one is out of date.
 import re
 
 from figures import CHECKPOINTS, RESULTS, read_result
-from training import read_checkpoint
+from training import images_seen, read_checkpoint
 from utils import ROOT, UserError
 
 PAGES = ("README.md", "checkpoints/README.md")
@@ -144,7 +144,7 @@ def checkpoints_table():
         tensors, config = read_checkpoint(path)
         kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
         train, diffusion = config["train"], config["diffusion"]
-        seen = train["steps"] * train["batch_size"]
+        seen = images_seen(train)
         how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}" + (", vlb" if diffusion.get("objective") == "vlb" else "")
         q = grid.get(path.stem) or read_result(f"samples_{path.stem}")
         if sweep := read_result(f"sweep_{path.stem.removesuffix('_conditional')}"):

@@ -254,7 +254,9 @@ def test_init(runs, idx_folder, tmp_path, refused):
     flags = ["train", "--data", idx_folder, *TINY, "--init", published]
     run(ddpm.main, *flags, "--epochs", 0.01, "--lr", 1e-12, "--ema-start", 0, "--out", tmp_path / "run")
     before, (after, config) = training.read_checkpoint(published)[0], training.read_checkpoint(tmp_path / "run/model.safetensors")
-    assert config["train"]["init"] == {"checkpoint": "published.safetensors", "sha256": utils.sha256(published)}
+    seen = training.images_seen(training.read_checkpoint(published)[1]["train"])
+    assert config["train"]["init"] == {"checkpoint": published.name, "sha256": utils.sha256(published), "images": seen}
+    assert training.images_seen(config["train"]) == config["train"]["steps"] * config["train"]["batch_size"] + seen > seen
     assert not torch.equal(before["raw/stem.weight"], before["ema/stem.weight"])
     torch.testing.assert_close(after["raw/stem.weight"], before["raw/stem.weight"])
     torch.testing.assert_close(after["ema_0.9/stem.weight"], 0.9 * before["ema/stem.weight"] + 0.1 * before["raw/stem.weight"])
