@@ -602,33 +602,54 @@ def distance(images):
             "samples": len(images)}  # fmt: skip
 
 
+def labels_of(indices, net):
+    """The classes in turn, as `sample` and `sweep` draw them."""
+    return torch.tensor([i % net.num_classes for i in indices]) if net.num_classes else None
+
+
+def sample_ours(name, path, n, weights=None, precision=None, **options):
+    """n samples of a checkpoint by `Diffusion.sample`, cached under `name`."""
+    device = pick_device()
+    net, diffusion, config = training.load_checkpoint(path, weights, device)
+    shape = (net.channels, *[config["data"]["image_size"]] * 2)
+
+    def sample_batch(indices):
+        with training.autocast(device, precision):
+            return diffusion.sample(net, len(indices), shape, labels=labels_of(indices, net), seed=indices[0], **options)
+
+    return cached_samples(name, n, sample_batch)
+
+
+def sample_plain(name, path, n, cfg_scale, first):
+    """n samples of a checkpoint in the plain way, by the steps T - 1 to first + 1, cached under `name`."""
+    device = pick_device()
+    net, diffusion, config = training.load_checkpoint(path, device=device)
+    plain = plain_network(config["model"])
+    plain.load_state_dict(net.state_dict())
+    plain = plain.to(device).eval()
+
+    def sample_batch(indices):
+        torch.manual_seed(indices[0])
+        x = torch.randn(len(indices), net.channels, *[config["data"]["image_size"]] * 2).to(device)
+        labels = labels_of(indices, net)
+        labels = None if labels is None else labels.to(device)
+        return plain_sample(plain, x, diffusion.betas, range(diffusion.timesteps - 1, first, -1), labels, cfg_scale).cpu()
+
+    return cached_samples(name, n, sample_batch)
+
+
 def sample_checkpoint(kind, name, n, steps=None, cfg_scale=0.0, first=-1):
     """Frechet distance of n samples of checkpoints/NAME; "plain" takes the steps T-1 to first + 1, "ours" `steps`."""
     path = ROOT / f"checkpoints/{name}.safetensors"
-    sha256, device = evaluate.sha256(path), pick_device()
-    net, diffusion, config = training.load_checkpoint(path, device=device)
-    shape = (net.channels, config["data"]["image_size"], config["data"]["image_size"])
+    sha256 = evaluate.sha256(path)
     if kind == "plain":
-        plain = plain_network(config["model"])
-        plain.load_state_dict(net.state_dict())
-        plain = plain.to(device).eval()
-
-    def sample_batch(indices):
-        labels = torch.tensor([i % net.num_classes for i in indices]) if net.num_classes else None
-        if kind == "ours":
-            with training.autocast(device):
-                return diffusion.sample(net, len(indices), shape, labels=labels, cfg_scale=cfg_scale, sampler="dpm",
-                                        steps=steps, seed=indices[0])  # fmt: skip
-        torch.manual_seed(indices[0])
-        x = torch.randn(len(indices), *shape).to(device)
-        timesteps = range(diffusion.timesteps - 1, first, -1)
-        labels = None if labels is None else labels.to(device)
-        return plain_sample(plain, x, diffusion.betas, timesteps, labels, cfg_scale).cpu()
-
-    run = f"{name}_{kind}_{steps or diffusion.timesteps}_{cfg_scale:g}_{sha256[:8]}"
-    how = {"checkpoint": path.name, "sha256": sha256, "cfg_scale": cfg_scale,
-           "steps": steps or diffusion.timesteps - 1 - first}  # fmt: skip
-    return how | distance(cached_samples(run, n, sample_batch))
+        steps = training.read_checkpoint(path)[1]["diffusion"]["timesteps"] - 1 - first
+    cache = f"{name}_{kind}_{steps}_{cfg_scale:g}_{sha256[:8]}"
+    if kind == "plain":
+        images = sample_plain(cache, path, n, cfg_scale, first)
+    else:
+        images = sample_ours(cache, path, n, sampler="dpm", steps=steps, cfg_scale=cfg_scale)
+    return {"checkpoint": path.name, "sha256": sha256, "cfg_scale": cfg_scale, "steps": steps} | distance(images)
 
 
 def quality_row(name, what, plain, ours):
@@ -661,18 +682,13 @@ def quality_samplers(name, effort, folder):
     """Frechet distance of the same network's samples against the number of steps, by sampler."""
     if not have("grid_cosine_l2"):
         return []
-    path, n = ROOT / "checkpoints/grid_cosine_l2.safetensors", SHAPE_SAMPLES
-    net, diffusion, config = training.load_checkpoint(path, device=pick_device())
-    sha256, shape, points = evaluate.sha256(path), (net.channels, *[config["data"]["image_size"]] * 2), {}
+    path, n, points = ROOT / "checkpoints/grid_cosine_l2.safetensors", SHAPE_SAMPLES, {}
+    sha256 = evaluate.sha256(path)
     for sampler, eta in (("ddpm", None), ("ddim", 0.0), ("dpm", 0.0), ("dpm", 1.0)):
         for steps in (5, 10, 20, 50, 100) if sampler == "ddpm" else (5, 10, 20):
-
-            def sample_batch(indices):
-                with training.autocast(pick_device()):
-                    return diffusion.sample(net, len(indices), shape, sampler=sampler, steps=steps, eta=eta, seed=indices[0])  # noqa: B023
-
+            cache = f"grid_cosine_l2_{sampler}_{eta}_{steps}_{sha256[:8]}"
+            images = sample_ours(cache, path, n, sampler=sampler, steps=steps, eta=eta)
             kind = sampler if eta is None else f"{sampler}, eta = {eta:g}"
-            images = cached_samples(f"grid_cosine_l2_{sampler}_{eta}_{steps}_{sha256[:8]}", n, sample_batch)
             points.setdefault(kind, {})[steps] = distance(images)
     return [{"name": name, "what": f"Frechet distance of {n:,} samples against the steps", "checkpoint": path.name,
              "sha256": sha256, "samplers": points}]  # fmt: skip
@@ -694,15 +710,9 @@ def train_and_measure(name, config, data, kind, samples=None):
     if result.exists():
         return json.loads(result.read_text())
     path = training.train(copy.deepcopy(config), data, QUALITY_RUNS / name, resume=True)
-    device = pick_device()
-    net, diffusion, _ = training.load_checkpoint(path, kind, device)
-    shape = (net.channels, config["data"]["image_size"], config["data"]["image_size"])
-
-    def sample_batch(indices):
-        with training.autocast(device, config["train"]["precision"]):
-            return diffusion.sample(net, len(indices), shape, sampler="dpm", steps=20, seed=indices[0])
-
-    write_json(result, distance(cached_samples(f"{name}/samples_{steps}", samples or SAMPLES, sample_batch)))
+    images = sample_ours(f"{name}/samples_{steps}", path, samples or SAMPLES, kind, config["train"]["precision"],
+                         sampler="dpm", steps=20)  # fmt: skip
+    write_json(result, distance(images))
     return json.loads(result.read_text())
 
 
@@ -848,10 +858,11 @@ def print_row(row):
 
 
 def earlier_rows(path, machine):
-    """The rows of an earlier result by their names, if they were measured on this machine with this PyTorch."""
+    """An earlier result's rows by their names: those measured on this machine with this PyTorch, and those without times."""
     try:
         before = json.loads(path.read_text())
-        return {row["name"]: row for row in before["rows"]} if before["machine"] == machine else {}
+        return {row["name"]: row for row in before["rows"]
+                if before["machine"] == machine or row.get("unit") == "FD" or "samplers" in row}  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a result of this benchmark: delete it, or use another --json-out") from error
 
