@@ -210,6 +210,7 @@ train_flags = flags_of(
     flag("--ema-start", numbers), flag("--p-uncond", numbers), choice("--label-dropout", "example", "batch"),
     choice("--precision", "float32"), flag("--accumulate", st.sampled_from([1, 2, 3, 4, 0, -1, 10**30, "x"])),
     flag("--sample-every", st.sampled_from([0, 1, 2, -1, "x"])), device,
+    flag("--init", st.sampled_from(["plain/model.safetensors", "course.pt", "nowhere.safetensors", "idx", ""])),
     flag("--out", st.sampled_from(["out/run", "out/plain", "out/classes", "idx/train-labels-idx1-ubyte/x", "/dev/null", "/proc/run"])),
 )  # fmt: skip
 sample_flags = flags_of(
@@ -230,6 +231,7 @@ publish_flags = flags_of(
 sweep_flags = flags_of(
     flag("--checkpoint", st.sampled_from(["plain/model.safetensors", "classes/model.safetensors", "nowhere.safetensors", "course.pt", ""])),
     flag("--scales", numbers), flag("--n", st.sampled_from([0, 100, -1, "x"])), flag("--steps", st.sampled_from([0, 20, 10**30])),
+    choice("--sampler", *ddpm.SAMPLERS),
     flag("--data", st.sampled_from(["fashion_mnist", "cifar10", "nowhere/cifar10", ""]), texts),
     flag("--seed", numbers), flag("--weights", st.sampled_from(["raw", "ema", "x"])), device, flag("--out", out_names),
 )  # fmt: skip
