@@ -41,10 +41,9 @@ import evaluate
 import modules
 import training
 import utils
-from cli import write_json
 from ddpm import Diffusion, beta_schedule
 from modules import Attention, SelfAttention
-from utils import ROOT, ArgumentParser, UserError, check_writable, generator, load_data, pick_device, say
+from utils import ROOT, ArgumentParser, UserError, check_writable, generator, load_data, pick_device, say, write_json
 
 TIMESTEPS = 1000  # of the models that are trained and sampled here; the plain unconditional sampler has 200
 FAST_STEPS, GUIDED_STEPS = 10, 10  # our second-order sampler's
@@ -245,27 +244,27 @@ def our_data(source, image_size):
 def our_run(model, source, image_size, batch_size, folder, rank=0, world=1):
     data = our_data(source, image_size)
     run = training.Run(our_config(model, image_size, batch_size), data, Path(folder), pick_device(), rank, world, False)
-    # what Run.loop sets before its first step
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    training.keep_freed_memory()
-    run.model.train()
+    run.prepare()
     return run
 
 
-def our_training(model, source, image_size, batch_size):
-    with tempfile.TemporaryDirectory() as folder:
-        run = our_run(model, source, image_size, batch_size, folder)
+def steps_of(run, model):
+    """A function that makes the run's next training step."""
 
     def step():
-        loss = run.train_step(run.model, accumulate=1)
+        loss = run.train_step(model, accumulate=1)
         run.step += 1
         return loss
 
     return step
 
 
+def our_training(model, source, image_size, batch_size):
+    return our_training_without(None, model, source, image_size, batch_size)
+
+
 def our_training_without(choice, model, source, image_size, batch_size):
-    """`our_training`, but with one of its choices undone (or torch.compile, which it leaves to the user)."""
+    """Our training, but with one of its choices undone (or torch.compile, which it leaves to the user)."""
     if choice == "freed memory kept":
         training.keep_freed_memory = lambda: None
     elif choice == "channels_last":
@@ -284,13 +283,7 @@ def our_training_without(choice, model, source, image_size, batch_size):
             ema.step_ema = plain_ema
     elif choice == "torch.compile":
         net = torch.compile(run.model)
-
-    def step():
-        loss = run.train_step(net, accumulate=1)
-        run.step += 1
-        return loss
-
-    return step
+    return steps_of(run, net)
 
 
 def matrix_product(size):
@@ -562,13 +555,7 @@ def time_one_process(settings, out, steps):
     out = Path(out)
     with training.process_group() as (rank, world):
         run = our_run(**settings, folder=out, rank=rank, world=world)
-        model = torch.nn.parallel.DistributedDataParallel(run.model) if world > 1 else run.model
-
-        def step():
-            loss = run.train_step(model, accumulate=1)
-            run.step += 1
-            return loss
-
+        step = steps_of(run, torch.nn.parallel.DistributedDataParallel(run.model) if world > 1 else run.model)
         timed(step, 2)
         seconds = timed(step, steps)
         if rank == 0:
@@ -611,7 +598,7 @@ def sample_ours(name, path, n, weights=None, precision=None, **options):
     """n samples of a checkpoint by `Diffusion.sample`, cached under `name`."""
     device = pick_device()
     net, diffusion, config = training.load_checkpoint(path, weights, device)
-    shape = (net.channels, *[config["data"]["image_size"]] * 2)
+    shape = training.image_shape(net, config)
 
     def sample_batch(indices):
         with training.autocast(device, precision):
@@ -630,7 +617,7 @@ def sample_plain(name, path, n, cfg_scale, first):
 
     def sample_batch(indices):
         torch.manual_seed(indices[0])
-        x = torch.randn(len(indices), net.channels, *[config["data"]["image_size"]] * 2).to(device)
+        x = torch.randn(len(indices), *training.image_shape(net, config)).to(device)
         labels = labels_of(indices, net)
         labels = None if labels is None else labels.to(device)
         return plain_sample(plain, x, diffusion.betas, range(diffusion.timesteps - 1, first, -1), labels, cfg_scale).cpu()
@@ -867,6 +854,12 @@ def earlier_rows(path, machine):
         raise UserError(f"{path} is not a result of this benchmark: delete it, or use another --json-out") from error
 
 
+def command_for(rows):
+    """The command that measures rows of these names."""
+    names = [n for n in BENCHMARKS | QUALITY if any(row == n or row.startswith(f"{n}_") for row in rows)]
+    return "python benchmark.py" + ("" if names == list(BENCHMARKS) else f" --only {' '.join(names)}")
+
+
 def main(argv=None):
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quality", action="store_true", help="also what needs training or thousands of samples")
@@ -896,7 +889,7 @@ def main(argv=None):
                 print_row(row)
                 rows[row["name"]] = row | {"load_before": load}
             if out:
-                write_json(out, {"command": "python benchmark.py", "machine": machine, "rows": list(rows.values())})
+                write_json(out, {"command": command_for(rows), "machine": machine, "rows": list(rows.values())})
     if out:
         print(f"wrote {out}")
 

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import math
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from modules import BLOCKS
 from utils import (
     ArgumentParser,
     UserError,
-    atomic_path,
     check_writable,
     image_grid,
     load_data,
@@ -89,7 +87,8 @@ def add_train_flags(parser, conditional):
     add("--sample-every", type=number(int, 0), default=500, help="steps between sample grids; 0: none")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--resume", action="store_true", help="go on with an interrupted run; starts one where there is none")
-    add("--init", type=Path, metavar="CHECKPOINT", help="start from a published run's raw weights (use --ema-start 0 to keep its average)")
+    add("--init", type=Path, metavar="CHECKPOINT",
+        help="start from a published run's raw weights (use --ema-start 0 to keep its average)")  # fmt: skip
 
 
 def add_sample_flags(parser, conditional):
@@ -204,17 +203,19 @@ def run_sample(args):
     if labels is None and cfg_scale not in (0, 1):
         raise UserError(f"--cfg-scale {cfg_scale:g} needs labels to guide towards: "
                         f"{'leave --labels none out' if model.num_classes else 'this checkpoint has no classes'}")  # fmt: skip
-    shape = (model.channels, *[config["data"]["image_size"]] * 2)
+    shape = training.image_shape(model, config)
     options = {"seed": args.seed, "labels": labels, "cfg_scale": cfg_scale, "sampler": args.sampler,
                "steps": args.steps, "eta": args.eta, "variance": args.variance, "clip": args.clip}  # fmt: skip
     source = {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": config["weights"],
               "seed": args.seed, "cfg_scale": cfg_scale, "sampler": args.sampler, "eta": noise_level(args.sampler, args.eta),
-              "steps": diffusion.step_count(args.sampler, args.steps)}  # fmt: skip
+              "steps": diffusion.step_count(args.sampler, args.steps), "clip": args.clip,
+              "variance": args.variance if args.sampler == "ddpm" else None,
+              "precision": training.pick_precision(device)}  # fmt: skip
     columns = math.ceil(args.n**0.5)
     with training.autocast(device):
         if suffix == ".gif":
             steps = diffusion.trajectory(model, shape, range(args.n), **options)
-            save_denoising_gif([to_uint8(x).cpu() for x in progress(steps, unit="step", desc="sampling")], args.out, columns)
+            save_denoising_gif([to_uint8(x).cpu() for x in progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")], args.out, columns)
         else:
             bar = functools.partial(progress, unit="step", desc="sampling")
             samples = diffusion.sample_batches(model, args.n, shape, batch_size=args.batch_size, progress=bar, **options)
@@ -249,8 +250,3 @@ def run_publish(args):
         weights[kind] = training.select_weights(tensors, kind, config, source)
     training.save_checkpoint(args.out, weights, config, tensors.get("losses"), half=True)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")
-
-
-def write_json(path, value):
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")

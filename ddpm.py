@@ -62,7 +62,7 @@ def with_next(visited):
 
 def noise_level(sampler, eta=None):
     """A sampler's eta: the one given, or its default; None for DDPM, which has no choice."""
-    return ETAS.get(sampler) if eta is None else eta
+    return ETAS.get(sampler) if eta is None or sampler not in ETAS else eta
 
 
 class Diffusion:

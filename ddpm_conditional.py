@@ -10,7 +10,6 @@ prediction; sampling combines the two (`ddpm.guided`).
 
 import functools
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch
 import cli
 import evaluate
 import training
-from ddpm import SAMPLERS
+from ddpm import SAMPLERS, noise_level
 from utils import (
     UserError,
     check_writable,
@@ -30,6 +29,7 @@ from utils import (
     progress,
     say,
     to_uint8,
+    write_json,
 )
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)
@@ -49,6 +49,16 @@ def earlier_rows(path, settings):
     return rows
 
 
+def sweep_command(args, rows):
+    """The command that measures all rows, however many commands they came from."""
+    weights, scales = (dict.fromkeys(row[key] for row in rows) for key in ("weights", "cfg_scale"))
+    return " ".join([
+        f"python ddpm_conditional.py sweep --checkpoint {args.checkpoint}", *([f"--data {args.data}"] if args.data else []),
+        f"--weights {' '.join(weights)} --scales {' '.join(f'{s:g}' for s in sorted(scales))}",
+        f"--n {args.n} --sampler {args.sampler} --steps {args.steps} --seed {args.seed} --out {args.out}",
+    ])  # fmt: skip
+
+
 def run_sweep(args):
     """Measure the samples of each kind of weights at each guidance scale; what --out already holds is not done again."""
     check_writable(args.out)
@@ -56,7 +66,8 @@ def run_sweep(args):
     # all of them before the work: one that is not there is refused at once
     models = {weights: training.load_checkpoint(args.checkpoint, weights, device) for weights in args.weights}
     sha256 = evaluate.sha256(args.checkpoint)
-    settings = {"checkpoint": args.checkpoint.name, "sha256": sha256, "sampler": {"sampler": args.sampler, "steps": args.steps},
+    sampler = {"sampler": args.sampler, "steps": args.steps, "eta": noise_level(args.sampler)}
+    settings = {"checkpoint": args.checkpoint.name, "sha256": sha256, "sampler": sampler,
                 "n": args.n, "seed": args.seed, "data": args.data}  # fmt: skip
     rows = earlier_rows(args.out, settings)
     for weights, (model, diffusion, config) in models.items():
@@ -64,7 +75,7 @@ def run_sweep(args):
             raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
         if args.steps > diffusion.timesteps:
             raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
-        shape = (model.channels, *[config["data"]["image_size"]] * 2)
+        shape = training.image_shape(model, config)
         data_name = args.data or config["data"].get("name")
         if data_name is None:
             raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")
@@ -73,7 +84,7 @@ def run_sweep(args):
         evaluate.check_count(args.n, net.head.in_features)
         labels = cli.parse_labels("all", args.n, model.num_classes)
         kind = config.pop("weights")  # the rest is the run's, the same for all
-        facts = {"command": args.command, "config": config, "parameters": sum(p.numel() for p in model.parameters())}
+        facts = {"config": config, "parameters": sum(p.numel() for p in model.parameters())}
         for scale in args.scales:
             if any(row["weights"] == weights and row["cfg_scale"] == scale for row in rows):
                 continue
@@ -87,8 +98,8 @@ def run_sweep(args):
             rows.append({"weights": weights, "kind": kind, "cfg_scale": scale, "quality": quality})
             say(f"{weights}, cfg_scale {scale:g}: Frechet distance {quality['frechet_distance']:.2f}, "
                 f"label agreement {quality['labels']['agreement']:.1%}")  # fmt: skip
-            cli.write_json(args.out, {**facts, **settings, "rows": rows})
-    cli.write_json(args.out, {**facts, **settings, "rows": rows})
+            write_json(args.out, {"command": sweep_command(args, rows), **facts, **settings, "rows": rows})
+    write_json(args.out, {"command": sweep_command(args, rows), **facts, **settings, "rows": rows})
     print(f"wrote {args.out}: {len(rows)} settings")
 
 
@@ -108,7 +119,6 @@ def main(argv=None):
     sweep.add_argument("--out", type=Path, required=True, help="the .json to write, or to go on with")
     sweep.set_defaults(run=run_sweep)
     args = parser.parse_args(argv)
-    args.command = " ".join(["python ddpm_conditional.py", *map(str, sys.argv[1:] if argv is None else argv)])
     args.run(args)
 
 

@@ -8,7 +8,6 @@
 import argparse
 import functools
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -31,9 +30,10 @@ from utils import (
     say,
     to_model,
     to_uint8,
+    write_json,
 )  # fmt: skip
 
-# Every experiment is named after the flags in which it differs from `train`'s defaults.
+# Every experiment is named after the flags in which it differs from `grid`'s defaults.
 GRID = {f"{schedule}_{loss}": {"schedule": schedule, "loss": loss} for loss in LOSSES for schedule in SCHEDULES}
 ABLATIONS = {
     # How large are differences that mean nothing? The same experiment with other seeds.
@@ -79,7 +79,7 @@ def run_grid(args):
     if not training.is_main():
         return
     results = [json.loads(path.read_text()) for name in EXPERIMENTS if (path := args.out / name / "result.json").exists()]
-    cli.write_json(args.out / "grid.json", results)
+    write_json(args.out / "grid.json", results)
     if args.publish:
         for result in results:
             source = args.out / result["name"] / "ema.safetensors"
@@ -89,7 +89,8 @@ def run_grid(args):
         published = json.loads(path.read_text())["runs"] if path.exists() else []  # by other machines, perhaps
         rows = {result["name"]: result for result in published + results}
         runs = [rows[name] for name in EXPERIMENTS if name in rows]
-        cli.write_json(path, {"command": args.command, "runs": runs})
+        command = " ".join(["python ddpm_unconditional.py grid --publish --only", *(run["name"] for run in runs)])
+        write_json(path, {"command": command, "runs": runs})
     print(f"wrote {args.out / 'grid.json'}: {len(results)} experiments")
 
 
@@ -116,6 +117,14 @@ def check_finished(args):
         raise UserError(f"{args.out} was measured over {n} samples, not {args.n}: delete {path}")
 
 
+def first_images(data, n):
+    """The first n images; where they come class by class, as from class folders, n that are spread over all."""
+    index = torch.arange(n)
+    if data.labels is not None and (data.labels.diff() >= 0).all():
+        index = index * len(data) // n
+    return data.images[index % len(data)]
+
+
 def measure(name, folder, data, n, device):
     """Publish a finished run as half-precision EMA weights, and measure exactly those: folder/result.json."""
     tensors, config = training.read_checkpoint(folder / "model.safetensors")
@@ -132,7 +141,8 @@ def measure(name, folder, data, n, device):
         save_grid(images[:64], folder / picture, columns=8)
         return evaluate.evaluate_samples(images.permute(0, 2, 3, 1).numpy(), data_name=data)
 
-    test = to_model(load_data(data, "test", size).images[:1000])
+    test = load_data(data, "test", size)
+    test = to_model(first_images(test, min(1000, len(test))))
     result = {
         "name": name, "sha256": evaluate.sha256(path), "config": config, "final_loss": losses[-200:].mean().item(),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -142,13 +152,12 @@ def measure(name, folder, data, n, device):
     }  # fmt: skip
     if diffusion.alphas_cumprod[-1] > 0.01:
         # The forward process stops short of noise: is the network to blame, or the N(0, I) that sampling starts from?
-        images = load_data(data, "train", size).images
-        x0 = to_model(images[torch.arange(n) % len(images)])
+        x0 = to_model(first_images(load_data(data, "train", size), n))
         noise = torch.randn(x0.shape, generator=generator(0, 2))
         x0, noise = x0.to(diffusion.betas.device), noise.to(diffusion.betas.device)
         x_T = diffusion.q_sample(x0, torch.full((len(x0),), diffusion.timesteps - 1, device=x0.device), noise)
         result["quality_from_true_x_T"] = sample_and_measure("samples_from_true_x_T.png", x_T)
-    cli.write_json(folder / "result.json", result)
+    write_json(folder / "result.json", result)
 
 
 def main(argv=None):
@@ -160,10 +169,9 @@ def main(argv=None):
     grid.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(EXPERIMENTS)}")
     grid.add_argument("--n", type=positive, default=2000, help="samples to measure")
     grid.add_argument("--publish", action="store_true", help="also write checkpoints/grid_* and report/results/grid.json")
-    # 6 epochs of 60,000 images, of which the last is averaged
+    # 6 epochs of 60,000 images, of which the last is averaged (of 10, the second half)
     grid.set_defaults(run=run_grid, conditional=False, data="fashion_mnist", epochs=6, ema_start=2344)
     args = parser.parse_args(argv)
-    args.command = " ".join(["python ddpm_unconditional.py", *map(str, sys.argv[1:] if argv is None else argv)])
     args.run(args)
 
 

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from training import autocast, load_checkpoint, pick_precision
 from utils import (
+    FOLDERS,
     ROOT,
     ArgumentParser,
     ImageData,
@@ -51,6 +52,7 @@ from utils import (
     say,
     sha256,
     to_model,
+    write_json,
 )
 
 CHECKPOINTS = ROOT / "checkpoints"
@@ -588,6 +590,8 @@ def model_images(data_name: str | None, config: dict, count: int) -> tuple[torch
     name = data_name or config["data"].get("name")
     if name is None:
         raise UserError("the checkpoint does not name its data set: give --data")
+    if data_name is None and name not in ("fashion_mnist", *FOLDERS):
+        raise UserError(f"the model was trained on a folder called {name}: say where it is with --data")
     data = load_data(name, "test", config["data"]["image_size"])
     channels, there = config["model"].get("channels", 3), data.images.shape[1]
     if there != channels:
@@ -861,7 +865,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("train-features", run_train_features, "train a data set's feature classifier and store references")
     sub.add_argument("name", help="the data set")
 
-    sub = command("sanity", run_sanity, "measure real, damaged, mode-dropped and memorised images")
+    sub = command("sanity", run_sanity, "measure real, damaged, mode-dropped and memorised images, "
+                  "by default to report/results/sanity_DATA.json")  # fmt: skip
     sub.add_argument("--data", default="fashion_mnist", help="the data set")
     sub.add_argument("--n", type=positive, default=5000, help="images in each set")
 
@@ -899,8 +904,7 @@ def main(argv: list[str] | None = None) -> None:
     text = json.dumps(result, indent=2, allow_nan=False)
     print(text)
     if args.json_out:
-        with atomic_path(args.json_out) as temporary:
-            temporary.write_text(text + "\n")
+        write_json(args.json_out, result)
         print(f"wrote {args.json_out}", file=sys.stderr)
 
 

@@ -15,7 +15,7 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from utils import ROOT, atomic_path, image_grid, load_data, sha256, to_uint8
+from utils import ROOT, atomic_path, image_grid, load_data, sha256, to_uint8, write_json
 
 FIGURES = ROOT / "report/figures"
 PICTURES = ROOT / "report/pictures"
@@ -73,14 +73,12 @@ def record(name, suffix, contents, sources):
     with atomic_path(FIGURES / f"{name}{suffix}") as temporary:
         temporary.write_bytes(contents)
     hashes = {Path(source).relative_to(ROOT).as_posix(): sha256(source) for source in sources}
-    with atomic_path(FIGURES / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps({"file": f"{name}{suffix}", "sources": hashes}, indent=2) + "\n")
+    write_json(FIGURES / f"{name}.json", {"file": f"{name}{suffix}", "sources": hashes})
 
 
 def save_result(name, result):
     """Write numbers for the report to report/results/NAME.json, at six digits, which no processor changes."""
-    with atomic_path(RESULTS / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(six_digits(result), indent=2) + "\n")
+    write_json(RESULTS / f"{name}.json", six_digits(result))
 
 
 def six_digits(value):

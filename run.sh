@@ -37,7 +37,7 @@ install() {
 
 setup() {
     stage "Python environment in .venv"
-    if ! .venv/bin/python -c 'import pip' 2>/dev/null; then  # not made yet, half made, or moved here from elsewhere
+    if ! .venv/bin/python -c 'import pip' 2>/dev/null; then  # not made yet, or half made
         local python
         python=$(find_python)
         rm -rf .venv

@@ -1,14 +1,14 @@
 """The one training loop, its exact resume, and checkpoint files.
 
 Every random draw of step k (which images, flips, timesteps, noise, dropped labels) comes from (seed, k) and is made for the
-global batch. So a run that was killed and resumed ends with the same bits as one that was not, and several processes
-each take their slice of the same batch.
+global batch. So on a CPU a run that was killed and resumed ends with the same bits as one that was not, and several
+processes each take their slice of the same batch.
 
 A run folder holds:
-    config.json          what was trained, on what, how
     state_STEP_HASH.pt   everything needed to go on: the newest two; HASH is the contents' SHA-256, so damage is noticed
     samples_STEP.png     the same noise, denoised by the averaged weights as training goes on
     model.safetensors    the finished weights, with the configuration and the loss of every step inside
+    config.json          the finished run's configuration, to read
 """
 
 import atexit
@@ -43,6 +43,7 @@ from utils import (
     save_grid,
     say,
     to_uint8,
+    write_json,
 )
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -109,6 +110,11 @@ def build_diffusion(config):
         return Diffusion(**config)
     except (TypeError, ValueError) as error:
         raise UserError(f"this diffusion process cannot be built from {config}: {error}") from error
+
+
+def image_shape(model, config):
+    """(C, H, W) of the images that a model works on."""
+    return (model.channels, *[config["data"]["image_size"]] * 2)
 
 
 def check_image_size(model, size):
@@ -213,7 +219,7 @@ def load_checkpoint(path, weights=None, device="cpu"):
     if Path(path).suffix == ".pt":
         state, config = read_course_checkpoint(path)
         if weights not in (None, "raw"):
-            raise UserError(f"{path} holds one set of weights: leave --ema and --no-ema out")
+            raise UserError(f"{path} has no {weights} weights, only raw")
         config["weights"] = "raw"
     else:
         tensors, config = read_checkpoint(path)
@@ -273,7 +279,7 @@ def locked(folder):
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise Held(f"another process is training in {folder}: wait for it, or use another --out") from error
         yield
 
@@ -316,8 +322,10 @@ def process_group(device="auto"):
             if int(os.environ["LOCAL_RANK"]) >= count:
                 raise UserError(f"there are more processes than GPUs: start {count} of them, or add --device cpu")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is put on GPU 0
-        cuda = pick_device(device).type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo")
+        kind = pick_device(device)
+        if int(os.environ["WORLD_SIZE"]) > 1 and (kind.type not in ("cpu", "cuda") or kind.index is not None):
+            raise UserError("several processes need --device cpu, or --device cuda for a GPU each")
+        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
     yield dist.get_rank(), dist.get_world_size()
 
@@ -392,6 +400,9 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
             run = Run(config, data, out, device, rank, world, resume, init)
             run.loop(minutes, sample_every, compile, accumulate)
         except (MemoryError, RuntimeError) as error:
+            if compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise UserError("torch.compile does not work here (has this machine a C++ compiler?): leave --compile "
+                                "out") from error  # fmt: skip
             if not is_out_of_memory(error):
                 raise
             raise UserError(f"out of memory: try --batch-size {max(1, config['train']['batch_size'] // 2)}, or the same "
@@ -517,15 +528,21 @@ class Run:
 
     # --- training ---
 
+    def prepare(self):
+        """What the first step needs beside the weights."""
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        keep_freed_memory()
+        self.model.train()
+
     def loop(self, minutes, sample_every, compile, accumulate):
         settings = self.config["train"]
         model = torch.compile(self.model) if compile else self.model
         if self.world > 1:
             model = torch.nn.parallel.DistributedDataParallel(model)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        keep_freed_memory()
-        self.model.train()
+        self.prepare()
         self.extend_losses()
+        if settings["steps"] is not None:
+            self.check_length(minutes)
         bar = progress(
             total=settings["steps"], initial=self.step, unit="step", desc=self.out.name, disable=self.rank > 0
         )
@@ -571,9 +588,11 @@ class Run:
                 None if b is None else b.chunk(self.world * accumulate)[part].to(self.device) for b in batch
             )
             x0, noise = (b.contiguous(memory_format=torch.channels_last) for b in (x0, noise))
-            with autocast(self.device, settings["precision"]):
-                loss = self.diffusion.loss(model, x0, t, noise, labels, settings["loss"]) / accumulate
-            self.scaler.scale(loss).backward()
+            last = part == (self.rank + 1) * accumulate - 1  # the processes exchange gradients once a step
+            with model.no_sync() if self.world > 1 and not last else contextlib.nullcontext():
+                with autocast(self.device, settings["precision"]):
+                    loss = self.diffusion.loss(model, x0, t, noise, labels, settings["loss"]) / accumulate
+                self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -604,6 +623,16 @@ class Run:
         if self.rank == 0:
             say(f"{minutes:g} minutes are {steps} steps here")
             self.save()
+        self.check_length()
+
+    def check_length(self, minutes=None):
+        """Say what the run's length, once it is known, means for what was asked for."""
+        steps, start = self.config["train"]["steps"], self.config["train"]["ema_start"]
+        if self.rank == 0 and minutes and self.step >= steps:
+            say(f"the run's length was fixed at {steps} steps: --epochs makes it longer, --minutes does not")
+        if self.rank == 0 and self.emas and steps <= start:
+            say(f"the averages begin at step {start}, and the run ends at {steps}: they will be copies of the raw weights "
+                "(--ema-start)")  # fmt: skip
 
     def stop(self):
         if self.rank == 0:
@@ -613,7 +642,7 @@ class Run:
     def sample_grid(self, n=64):
         """The first 64 images of seed 0, by the first average where there is one, in 20 second-order steps."""
         model = next(iter(self.ema_models.values()), self.model)
-        shape = (self.model.channels, *[self.config["data"]["image_size"]] * 2)
+        shape = image_shape(self.model, self.config)
         classes = self.model.num_classes
         labels = torch.arange(n) % classes if classes else None
         with autocast(self.device, self.config["train"]["precision"]):
@@ -625,5 +654,4 @@ class Run:
             self.save()
         weights = {"raw": self.model.state_dict()} | {k: m.state_dict() for k, m in self.ema_models.items()}
         save_checkpoint(self.out / "model.safetensors", weights, self.config, self.losses)
-        with atomic_path(self.out / "config.json") as temporary:
-            temporary.write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+        write_json(self.out / "config.json", self.config)

@@ -116,6 +116,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_json(path: str | Path, value) -> None:
+    """`value` as a JSON file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
 def sha256(path: str | Path) -> str:
     """Of the file's contents, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -177,7 +183,7 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # which the devices that only stand in for others refuse
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"there is no device {name!r} here: try --device auto or --device cpu") from error
     return device
 
@@ -351,6 +357,7 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, may_
         held_out = not (root / "test").is_dir()
         folder = root / ("train" if held_out else split)
     files, labels, classes = list_images(folder)
+    first = files  # by which both splits judge the size
     if folder == root / "test" and (root / "train").is_dir():
         if classes != (trained := class_folders(root / "train")):
             raise UserError(f"{folder} has the classes {', '.join(classes)}, {root / 'train'} has {', '.join(trained)}: "
@@ -363,7 +370,7 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, may_
             raise UserError(f"{folder} has too few images ({len(files)}) to hold out a tenth of them as the test split")
         files, labels = [files[i] for i in chosen], [labels[i] for i in chosen]
     if image_size is None or may_crop:
-        shorter = _shorter_side(files)
+        shorter = _shorter_side(first)
         image_size = image_size or min(64, shorter)
         # enlarging small images only to crop them would blur them
         may_crop = may_crop and split == "train" and shorter >= round(1.25 * image_size)
@@ -401,7 +408,7 @@ def class_folders(folder: Path) -> list[str]:
 def list_images(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     """Files, labels and class names of a folder of class folders; of a flat folder the labels are 0, the names none.
 
-    Hidden files are passed over. Raises UserError for an empty class or folder.
+    Hidden files are passed over, and images beside class folders. Raises UserError for an empty class or folder.
     """
     classes = class_folders(folder)
     if not classes:
@@ -409,6 +416,9 @@ def list_images(folder: Path) -> tuple[list[Path], list[int], list[str]]:
         if not files:
             raise UserError(f"{folder} has no image")
         return files, [0] * len(files), []
+    if beside := [name for name in visible(os.listdir(folder)) if Path(name).suffix.lower() in Image.registered_extensions()]:
+        say(f"{folder}: images beside the class folders {', '.join(classes[:3])}... belong to no class and are left out: "
+            f"{len(beside):,} of them")  # fmt: skip
     files, labels = [], []
     for label, name in enumerate(classes):
         before = len(files)

@@ -183,6 +183,12 @@ def test_times_of_another_machine_are_dropped(tmp_path):
     assert list(benchmark.earlier_rows(out, machine)) == ["distance", "samplers"]
 
 
+def test_the_command_measures_the_rows_that_are_there():
+    default = ["train_28", "train_28_memory", *benchmark.BENCHMARKS]
+    assert benchmark.command_for(default) == "python benchmark.py"
+    assert benchmark.command_for(["sample", "samplers", "growth_size"]) == "python benchmark.py --only sample growth samplers"
+
+
 def test_gains_are_formed_turn_by_turn():
     faster = benchmark.table_row("x", "x", "s", [10.0, 40.0, 20.0], [5.0, 10.0, 2.0], lower_is_better=True)
     assert faster["gain"] == {"median": 4.0, "min": 2.0, "max": 10.0}

@@ -221,7 +221,7 @@ def test_course_checkpoint(tmp_path, sampled, refused):
     images, labels = sampled(ddpm_conditional.main, "--checkpoint", path, "--n", 2, "--steps", 1, "--labels", "9")
     assert images.shape == (2, 64, 64, 3) and labels.tolist() == [9, 9]
     message = refused(ddpm_conditional.main, "sample", "--checkpoint", path, "--ema", "--out", tmp_path / "x.png")
-    assert "one set of weights" in message
+    assert "has no ema weights, only raw" in message
 
 
 def test_a_long_gif_is_short(plain, tmp_path):
@@ -273,24 +273,33 @@ def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, capsys, r
         _, config = training.read_checkpoint(folder / "model.safetensors")
         (folder / "ema.safetensors").write_bytes(name.encode())
         result = {"name": name, "schedule": config["diffusion"]["schedule"], "sampler": {"n": n}}
-        cli.write_json(folder / "result.json", result)
+        utils.write_json(folder / "result.json", result)
 
     monkeypatch.setattr(ddpm_unconditional, "measure", measure)
     monkeypatch.setattr(ddpm_unconditional, "check_measurable", lambda args: None)
     monkeypatch.setattr(ddpm_unconditional, "ROOT", tmp_path)
     published = tmp_path / "report/results/grid.json"
-    cli.write_json(published, {"runs": [{"name": "sigmoid_l1"}, {"name": "cosine_l2", "old": True}]})
+    utils.write_json(published, {"runs": [{"name": "sigmoid_l1"}, {"name": "cosine_l2", "old": True}]})
     flags = ["grid", "--out", tmp_path / "grid", "--data", idx_folder, *TINY, "--publish"]
     for only in (["cosine_l2"], ["linear_l1", "cosine_l2"], ["cosine_l2"]):
         run(ddpm_unconditional.main, *flags, "--only", *only)
     runs = json.loads(published.read_text())["runs"]
     assert [(row["name"], row.get("schedule")) for row in runs] == \
         [("linear_l1", "linear"), ("sigmoid_l1", None), ("cosine_l2", "cosine")]
-    assert json.loads(published.read_text())["command"].endswith("--only cosine_l2")
+    assert json.loads(published.read_text())["command"].endswith("--only linear_l1 sigmoid_l1 cosine_l2")
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"grid_linear_l1.safetensors", "grid_cosine_l2.safetensors"}
     assert capsys.readouterr().out.count("model.safetensors") == 2  # nothing is trained twice
     for more, words in ((["--lr", 0.5], "started with lr = "), (["--epochs", 50], "was trained for"), (["--n", 9], "was measured over")):
         assert words in refused(ddpm_unconditional.main, *flags, "--only", "cosine_l2", *more)
+
+
+def test_an_experiment_is_measured_on_all_classes():
+    """Class folders come class by class: the first images would be those of one class. Others are taken as they come."""
+    images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1)
+    for labels, first in (([0] * 6 + [1] * 6, [0, 3, 6, 9]), ([1, 0] * 6, [0, 1, 2, 3]), (None, [0, 1, 2, 3])):
+        data = utils.ImageData(images, None if labels is None else torch.tensor(labels), [], "", False, 1)
+        assert ddpm_unconditional.first_images(data, 4).flatten().tolist() == first
+        assert len(ddpm_unconditional.first_images(data, 20)) == 20
 
 
 def test_sweep_goes_on_where_it_stopped(classes, tmp_path, monkeypatch):
@@ -313,6 +322,8 @@ def test_sweep_goes_on_where_it_stopped(classes, tmp_path, monkeypatch):
     rows = [(row["weights"], row["kind"], row["cfg_scale"], row["quality"]["frechet_distance"]) for row in result["rows"]]
     assert rows == [("ema", "ema_0.5", 1, 1), ("raw", "raw", 1, 2), ("raw", "raw", 3, 3), ("ema", "ema_0.5", 3, 4)]
     assert result["sha256"] == utils.sha256(classes) and result["config"] == training.read_checkpoint(classes)[1]
+    assert result["sampler"] == {"sampler": "dpm", "steps": 3, "eta": 1.0}
+    assert "--weights ema raw --scales 1 3 --n 20 --sampler dpm --steps 3 --seed 0 --out" in result["command"]
     assert measured[0].shape == (20, 8, 8, 1)
     assert not any(np.array_equal(a, b) for a, b in itertools.combinations(measured, 2))
 
@@ -555,7 +566,7 @@ def test_bad_grid_and_sweep(plain, classes, tmp_path, refused, monkeypatch):
     (tmp_path / "x.json").write_text("{not json")
     assert "x.json" in refused(ddpm_conditional.main, *flags, "--checkpoint", classes)
     assert (tmp_path / "x.json").read_text() == "{not json"
-    cli.write_json(tmp_path / "y.json", {"checkpoint": classes.name, "sha256": "of other weights", "sampler": {}, "n": 2000,
+    utils.write_json(tmp_path / "y.json", {"checkpoint": classes.name, "sha256": "of other weights", "sampler": {}, "n": 2000,
                                          "seed": 0, "data": None, "rows": []})  # fmt: skip
     error = refused(ddpm_conditional.main, *flags[:-1], tmp_path / "y.json", "--checkpoint", classes)
     assert "other settings or weights" in error
@@ -615,6 +626,11 @@ def test_samples_name_their_source(classes, tmp_path):
     assert (source["checkpoint"], source["sha256"]) == (classes.name, utils.sha256(classes))
     assert (source["seed"], source["sampler"], source["steps"], source["eta"]) == (3, "ddim", 20, 0)
     assert source["weights"] == "ema_0.5"  # the run's first average
+    assert (source["clip"], source["variance"]) == (True, None)
+    ddpm_flags = ["--sampler", "ddpm", "--steps", 2, "--eta", 0, "--variance", "beta", "--no-clip"]
+    run(ddpm_conditional.main, "sample", "--checkpoint", classes, "--n", 2, *ddpm_flags, "--out", tmp_path / "z.npz")
+    source = utils.samples_source(tmp_path / "z.npz")
+    assert (source["eta"], source["clip"], source["variance"]) == (None, False, "beta")  # DDPM has no eta
     utils.save_samples(tmp_path / "y.npz", np.zeros((2, 8, 8, 1), np.uint8))
     assert utils.samples_source(tmp_path / "y.npz") == {}
 

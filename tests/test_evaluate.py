@@ -547,6 +547,8 @@ def test_bad_checkpoint_and_counts(tmp_path):
         evaluate.model_images(None, config | {"model": {"channels": 3}}, 10)
     with pytest.raises(UserError, match="give --data"):
         evaluate.model_images(None, {"model": {}, "data": {"image_size": 28}}, 10)
+    with pytest.raises(UserError, match="a folder called photos: say where it is with --data"):
+        evaluate.model_images(None, {"model": {}, "data": {"name": "photos", "image_size": 28}}, 10)
 
 
 def test_inception_without_its_package_is_one_line(tmp_path, monkeypatch):
@@ -560,7 +562,7 @@ def test_a_checkpoint_from_the_command_line(tmp_path, capsys):
     from training import save_checkpoint
 
     config = {"model": {"name": "PatchUNet", "channels": 1, "width": 8}, "diffusion": {"timesteps": 20},
-              "data": {"name": "fashion_mnist", "image_size": 28}, "train": {"ema_betas": []}}  # fmt: skip
+              "data": {"name": "fashion_mnist", "image_size": 28}, "train": {"ema_betas": [], "steps": 1, "batch_size": 1}}  # fmt: skip
     model = PatchUNet(channels=1, width=8)  # its last layer starts at zero: it predicts that there is no noise
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, {"raw": model.state_dict()}, config)

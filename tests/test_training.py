@@ -274,7 +274,7 @@ def test_resume_with_other_settings_is_refused(finished, tiny_data, section, nam
         train(config, tiny_data, finished, resume=True)
 
 
-def test_minutes(tiny_data, tmp_path, monkeypatch):
+def test_minutes(tiny_data, tmp_path, monkeypatch, capsys):
     """20 steps of 2 s each are timed: 1 minute is 30 steps. An interrupted run has the same length."""
     now, stop_at, train_step = [0.0], [], Run.train_step
 
@@ -295,6 +295,23 @@ def test_minutes(tiny_data, tmp_path, monkeypatch):
     stop_at.clear()
     train(tiny_config(steps=None), tiny_data, tmp_path / "parts", resume=True, minutes=1)
     assert contents(tmp_path / "parts")[0] == contents(tmp_path / "whole")[0]
+    train(tiny_config(steps=None), tiny_data, tmp_path / "whole", resume=True, minutes=2)
+    assert "fixed at 30 steps: --epochs makes it longer" in capsys.readouterr().err
+
+
+def test_an_average_that_never_begins_is_told(tiny_data, tmp_path, capsys):
+    for steps, told in ((4, True), (6, False)):
+        train(tiny_config(steps=steps, ema_start=5), tiny_data, tmp_path / f"{steps}")
+        assert ("copies of the raw weights" in capsys.readouterr().err) == told
+
+
+def test_compile_without_a_compiler(tiny_data, tmp_path, monkeypatch):
+    def compile(model):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(UserError, match="leave --compile out"):
+        train(tiny_config(), tiny_data, tmp_path / "run", compile=True)
 
 
 def test_sigterm_to_a_real_process(idx_folder, tmp_path):
@@ -400,6 +417,15 @@ def test_more_processes_than_gpus(monkeypatch, tiny_data, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="more processes than GPUs: start 1 of them"):
         train(tiny_config(), tiny_data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:0"])
+def test_several_processes_need_cpus_or_all_gpus(device, monkeypatch, tiny_data, tmp_path):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(training, "pick_device", lambda name: torch.device(name))
+    with pytest.raises(UserError, match="need --device cpu, or --device cuda"):
+        train(tiny_config(), tiny_data, tmp_path / "run", device=device)
 
 
 def test_bfloat16_is_close_to_float32(tiny_data, tmp_path):

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import socket
+import zlib
 
 import numpy as np
 import pytest
@@ -339,6 +340,21 @@ def test_a_tenth_is_held_out_where_there_is_no_test_folder(tmp_path):
     assert len(load_data(few)) == 5
     with pytest.raises(UserError, match="too few"):
         load_data(few, "test")
+
+
+def test_both_splits_have_the_size_of_the_folders_first_image(tmp_path):
+    class_folder(tmp_path, {"a": 40}, size=(60, 60))
+    by_hash = sorted((f"a/{i:03}.png" for i in range(40)), key=lambda name: zlib.crc32(name.encode()))
+    picture(tmp_path / min(by_hash[:4]), (20, 20))  # the test split's first
+    assert {load_data(tmp_path, split).image_size for split in ("train", "test")} == {60}
+
+
+def test_images_beside_class_folders_are_told(tmp_path, capsys):
+    class_folder(tmp_path, {"edited": 12}, size=(8, 8))
+    picture(tmp_path / "beside.png", (8, 8))
+    (tmp_path / "notes.txt").write_text("no image")
+    assert len(load_data(tmp_path)) == 11
+    assert "belong to no class and are left out: 1 of them" in capsys.readouterr().err
 
 
 def test_a_flat_folder_has_no_labels(tmp_path, monkeypatch):
