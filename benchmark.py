@@ -654,9 +654,9 @@ def have(*names):
 
 
 def quality_sampling(name, effort, folder):
-    """Is the fast sampler no worse? Against plain DDPM at T = 200 (both schedules) and at the same model's T = 1000."""
+    """Is the fast sampler no worse than plain DDPM at T = 200? Against models of both schedules."""
     n, ours, rows = SAMPLES, None, []
-    for plain_name in ("grid_linear_l2_T200", "grid_cosine_l2_T200", "grid_cosine_l2"):
+    for plain_name in ("grid_linear_l2_T200", "grid_cosine_l2_T200"):
         if have("grid_cosine_l2", plain_name):
             ours = ours or sample_checkpoint("ours", "grid_cosine_l2", n, FAST_STEPS)
             plain = sample_checkpoint("plain", plain_name, n)
@@ -797,6 +797,7 @@ QUALITY = {
     "tried": tried, "shapes": quality_shapes, "samplers": quality_samplers, "quality_sample": quality_sampling, "quality_guided": quality_guided,
     "quality_minutes": quality_minutes,
 }  # fmt: skip
+TIMELESS = ("samplers", "quality_sample", "quality_guided")  # distances only, which no machine changes
 EFFORT = {"quick": False, "repeats": 5, "seconds": 2.0, "matrix": 2048, "steps": 10}
 QUICK = {"quick": True, "repeats": 2, "seconds": 0.0, "matrix": 64, "steps": 1}
 
@@ -844,19 +845,29 @@ def print_row(row):
         print(f"    {row['note']}")
 
 
-def earlier_rows(path, machine):
-    """An earlier result's rows by their names: those measured on this machine with this PyTorch, and those without times."""
+def belongs(row, names):
+    """True if a row of this name comes from one of the named benchmarks."""
+    return any(row == name or row.startswith(f"{name}_") for name in names)
+
+
+def earlier_rows(path, machine, names):
+    """The machine and the rows (by their names) of an earlier result, to which the named benchmarks are about to add.
+
+    Times of another machine, or of another PyTorch, are dropped; where no time is added, all stays as it is.
+    """
     try:
         before = json.loads(path.read_text())
-        return {row["name"]: row for row in before["rows"]
-                if before["machine"] == machine or row.get("unit") == "FD" or "samplers" in row}  # fmt: skip
+        if set(names) <= set(TIMELESS):
+            machine = before["machine"]
+        return machine, {row["name"]: row for row in before["rows"]
+                         if before["machine"] == machine or belongs(row["name"], TIMELESS)}  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a result of this benchmark: delete it, or use another --json-out") from error
 
 
 def command_for(rows):
     """The command that measures rows of these names."""
-    names = [n for n in BENCHMARKS | QUALITY if any(row == n or row.startswith(f"{n}_") for row in rows)]
+    names = [name for name in BENCHMARKS | QUALITY if any(belongs(row, [name]) for row in rows)]
     return "python benchmark.py" + ("" if names == list(BENCHMARKS) else f" --only {' '.join(names)}")
 
 
@@ -875,13 +886,13 @@ def main(argv=None):
         check_writable(out)
 
     machine, load = machine_facts(), os.getloadavg()[0]
-    rows = earlier_rows(out, machine) if out and out.exists() else {}
     print(f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['instructions']}, "
           f"torch {machine['torch']}, bfloat16 {'yes' if machine['bfloat16'] else 'no'}")  # fmt: skip
     if load > 0.5:
         say(f"other processes keep {load:.1f} cores busy: on a busy machine these numbers mean little")
     print(f"{'median of the turns':<58} {'plain':>18} {'ours':>18} {'gain':>9} (min - max)")
     effort, names = QUICK if args.quick else EFFORT, args.only or [*BENCHMARKS, *(QUALITY if args.quality else [])]
+    recorded, rows = earlier_rows(out, machine, names) if out and out.exists() else (machine, {})
     with tempfile.TemporaryDirectory() as folder:
         make_photographs(Path(folder) / "photographs", 20 if args.quick else 1000)
         for name in names:
@@ -889,7 +900,7 @@ def main(argv=None):
                 print_row(row)
                 rows[row["name"]] = row | {"load_before": load}
             if out:
-                write_json(out, {"command": command_for(rows), "machine": machine, "rows": list(rows.values())})
+                write_json(out, {"command": command_for(rows), "machine": recorded, "rows": list(rows.values())})
     if out:
         print(f"wrote {out}")
 

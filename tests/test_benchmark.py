@@ -178,9 +178,13 @@ def test_the_command_with_real_processes_keeps_earlier_rows(tmp_path, capsys):
 def test_times_of_another_machine_are_dropped(tmp_path):
     out = tmp_path / "result.json"
     machine = benchmark.machine_facts()
-    rows = [{"name": "seconds", "unit": "s"}, {"name": "distance", "unit": "FD"}, {"name": "samplers", "samplers": {}}]
-    out.write_text(json.dumps({"machine": machine | {"cpu": "another"}, "rows": rows}))
-    assert list(benchmark.earlier_rows(out, machine)) == ["distance", "samplers"]
+    another = machine | {"cpu": "another"}
+    names = ["sample", "quality_sample_grid_cosine_l2_T200", "samplers"]
+    out.write_text(json.dumps({"machine": another, "rows": [{"name": name} for name in names]}))
+    recorded, rows = benchmark.earlier_rows(out, machine, ["sample", "quality_sample"])
+    assert recorded == machine and list(rows) == names[1:]
+    recorded, rows = benchmark.earlier_rows(out, machine, ["quality_sample"])  # no time is added
+    assert recorded == another and list(rows) == names
 
 
 def test_the_command_measures_the_rows_that_are_there():
