@@ -210,7 +210,7 @@ def run_sample(args):
               "seed": args.seed, "cfg_scale": cfg_scale, "sampler": args.sampler, "eta": noise_level(args.sampler, args.eta),
               "steps": diffusion.step_count(args.sampler, args.steps), "clip": args.clip,
               "variance": args.variance if args.sampler == "ddpm" else None,
-              "precision": training.pick_precision(device)}  # fmt: skip
+              "dtype": training.pick_precision(device)}  # fmt: skip
     columns = math.ceil(args.n**0.5)
     with training.autocast(device):
         if suffix == ".gif":
