@@ -660,7 +660,7 @@ def quality_sampling(name, effort, folder):
         if have("grid_cosine_l2", plain_name):
             ours = ours or sample_checkpoint("ours", "grid_cosine_l2", n, FAST_STEPS)
             plain = sample_checkpoint("plain", plain_name, n)
-            what = f"Frechet distance of {n} samples, plain DDPM of {plain_name}"
+            what = f"Frechet distance of {n:,} samples, {plain['steps']} steps of {plain_name} against {FAST_STEPS} of ours"
             rows.append(quality_row(f"{name}_{plain_name}", what, plain, ours))
     return rows
 
@@ -687,7 +687,7 @@ def quality_guided(name, effort, folder):
         return []
     ours = sample_checkpoint("ours", checkpoint, n, GUIDED_STEPS, CFG_SCALE)
     plain = sample_checkpoint("plain", checkpoint, n, cfg_scale=CFG_SCALE, first=0)
-    return [quality_row(name, f"Frechet distance of {n} guided samples", plain, ours)]
+    return [quality_row(name, f"Frechet distance of {n:,} guided samples", plain, ours)]
 
 
 def train_and_measure(name, config, data, kind, samples=None):

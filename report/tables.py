@@ -83,12 +83,12 @@ def speed_table():
     rows = []
     for row in benchmark["rows"]:
         if "gain" in row:
-            value = [f"{number(row[side]['median'])} {row['unit']}" for side in ("plain", "ours")]
+            value = [f"{number(row[side]['median'])} {row['unit']}".removesuffix(" FD") for side in ("plain", "ours")]
             gain = f"{row['gain']['median']:.3g}x"
             if row["turns"] > 1:
                 gain += f" ({row['gain']['min']:.3g} to {row['gain']['max']:.3g})"
             target = f"{TARGETS[row['name']]:g}x" if row["name"] in TARGETS else ""
-            rows.append([row["what"].strip(), *value, gain, target])
+            rows.append([row["what"].strip().replace("Frechet", "Fréchet"), *value, gain, target])
     notes = "".join(f"\n- {row['what'].strip()}: {row['note']}" for row in benchmark["rows"] if row.get("unit") in ("s", "min") and "note" in row)
     machine = benchmark["machine"]
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}, bfloat16 {'yes' if machine['bfloat16'] else 'no'}"
