@@ -215,7 +215,8 @@ def run_sample(args):
     with training.autocast(device):
         if suffix == ".gif":
             steps = diffusion.trajectory(model, shape, range(args.n), **options)
-            save_denoising_gif([to_uint8(x).cpu() for x in progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")], args.out, columns)
+            bar = progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")
+            save_denoising_gif([to_uint8(x).cpu() for x in bar], args.out, columns)
         else:
             bar = functools.partial(progress, unit="step", desc="sampling")
             samples = diffusion.sample_batches(model, args.n, shape, batch_size=args.batch_size, progress=bar, **options)
