@@ -42,6 +42,7 @@ import modules
 import training
 import utils
 from ddpm import Diffusion, beta_schedule
+from ddpm_unconditional import SHAPE
 from modules import Attention, SelfAttention
 from utils import ROOT, ArgumentParser, UserError, check_writable, generator, load_data, pick_device, say, write_json
 
@@ -51,24 +52,28 @@ CFG_SCALE = 3.0
 EMA_BETA = 0.995
 P_UNCOND = 0.1
 
-POINT_1 = {"name": "PatchUNet", "channels": 1}
-CONDITIONAL = {"name": "PatchUNet", "channels": 1, "width": 48, "num_classes": 10}
+POINT_1 = {"name": "PatchUNet", "channels": 1}  # of the experiments
+DEFAULT = POINT_1 | SHAPE
+CONDITIONAL = DEFAULT | {"num_classes": 10}
 COURSE = {"name": "UNet_conditional", "channels": 3, "num_classes": 10}
 # a ConvNeXt network of the size of The Annotated Diffusion Model's
 CONVNEXT = {"name": "PatchUNet", "channels": 1, "width": 28, "mults": [1, 2, 4], "depth": 2, "patch": 1,
             "block": "convnext"}  # fmt: skip
 
-# Point 1's network, and what it could have been: the 28x28 images leave room for two levels below blocks of 2x2 pixels
+# The experiments' network, and what it could have been: 28x28 images leave room for two levels on blocks of 2x2 pixels, for
+# three on single ones
 SHAPES = {
-    "width 32 (the default)": {},
+    "width 32 (the experiments')": {},
     "width 24": {"width": 24},
     "width 48": {"width": 48},
     "width 24, two blocks a level": {"width": 24, "depth": 2},
     "without linear attention": {"attention": False},
     "ConvNeXt blocks": {"block": "convnext"},
     "single pixels, width 16, three levels": {"patch": 1, "width": 16, "mults": [1, 2, 4]},
+    "single pixels, width 20, three levels": {"patch": 1, "width": 20, "mults": [1, 2, 4]},
+    "single pixels, width 24, three levels": {"patch": 1, "width": 24, "mults": [1, 2, 4]},
 }
-SHAPE_MINUTES = 3
+SHAPE_MINUTES = 2
 
 
 # --- the plain way: networks and training ----------------------------------------------------------------------------
@@ -438,7 +443,7 @@ def training_flops(model, image_size, batch_size):
     return counter.get_total_flops()
 
 
-def compare_training(name, effort, folder, model, image_size, batch_size, repeats=None):
+def compare_training(name, effort, folder, what, model, image_size, batch_size, repeats=None):
     if effort["quick"]:
         model, image_size, batch_size = model | {"width": 8}, min(image_size, 32), 4
     source = "fashion_mnist" if model["channels"] == 1 else str(folder / "photographs")
@@ -451,7 +456,7 @@ def compare_training(name, effort, folder, model, image_size, batch_size, repeat
     }
     seconds, memory = take_turns(works, effort, repeats)
     plain, ours = ({kind: count / 1e9 for kind, count in memory[side].items()} for side in ("plain", "ours"))
-    what = f"training {model['name']}, {image_size}x{image_size}, batch {batch_size}"
+    what = f"training {what}, {image_size}x{image_size}, batch {batch_size}"
     flops = training_flops(model, image_size, batch_size)
 
     def share(side):
@@ -566,7 +571,7 @@ def time_one_process(settings, out, steps):
 
 QUALITY_RUNS = ROOT / "runs/benchmark"
 SAMPLES, SHAPE_SAMPLES = 5000, 2000
-GUIDED_SAMPLES = 2000  # a guided one of the plain way costs ten unguided ones at T = 200
+GUIDED_SAMPLES = 1000  # a guided one of the plain way costs ten unguided ones at T = 200
 
 
 def cached_samples(name, n, sample_batch, batch_size=500):
@@ -629,8 +634,7 @@ def sample_checkpoint(kind, name, n, steps=None, cfg_scale=0.0, first=-1):
     """Frechet distance of n samples of checkpoints/NAME; "plain" takes the steps T-1 to first + 1, "ours" `steps`."""
     path = ROOT / f"checkpoints/{name}.safetensors"
     sha256 = evaluate.sha256(path)
-    if kind == "plain":
-        steps = training.read_checkpoint(path)[1]["diffusion"]["timesteps"] - 1 - first
+    steps = steps or training.read_checkpoint(path)[1]["diffusion"]["timesteps"] - 1 - first
     cache = f"{name}_{kind}_{steps}_{cfg_scale:g}_{sha256[:8]}"
     if kind == "plain":
         images = sample_plain(cache, path, n, cfg_scale, first)
@@ -690,14 +694,14 @@ def quality_guided(name, effort, folder):
     return [quality_row(name, f"Frechet distance of {n:,} guided samples", plain, ours)]
 
 
-def train_and_measure(name, config, data, kind, samples=None):
-    """Train (or go on training) runs/benchmark/NAME; Frechet distance of (by default SAMPLES) samples in 20 dpm steps."""
+def train_and_measure(name, config, data, kind):
+    """Train (or go on training) runs/benchmark/NAME; Frechet distance of its samples in 20 dpm steps."""
     steps = config["train"]["steps"]
     result = QUALITY_RUNS / name / f"quality_{steps}.json"
     if result.exists():
         return json.loads(result.read_text())
     path = training.train(copy.deepcopy(config), data, QUALITY_RUNS / name, resume=True)
-    images = sample_ours(f"{name}/samples_{steps}", path, samples or SAMPLES, kind, config["train"]["precision"],
+    images = sample_ours(f"{name}/samples_{steps}", path, SHAPE_SAMPLES, kind, config["train"]["precision"],
                          sampler="dpm", steps=20)  # fmt: skip
     write_json(result, distance(images))
     return json.loads(result.read_text())
@@ -719,7 +723,7 @@ def quality_minutes(name, effort, folder):
     target = train_and_measure("convnext", baseline, data, "raw")
     say(f"the baseline's Frechet distance: {target['frechet_distance']:.2f}")
 
-    config = our_config(POINT_1, 28, batch_size)
+    config = our_config(DEFAULT, 28, batch_size)
     config["diffusion"]["schedule"] = "cosine"
     config["train"] |= {"loss": "l2", "ema_start": every}
     for steps in range(every, 100 * every, every):
@@ -733,7 +737,7 @@ def quality_minutes(name, effort, folder):
     settings = {"source": "fashion_mnist", "image_size": 28, "batch_size": batch_size}
     works = {
         "plain": (plain_training, settings | {"model": CONVNEXT}),
-        "ours": (our_training, settings | {"model": POINT_1}),
+        "ours": (our_training, settings | {"model": DEFAULT}),
     }
     seconds, _ = take_turns(works, effort, repeats=3)
     plain = [s * baseline["train"]["steps"] / 60 for s in seconds["plain"]]
@@ -758,7 +762,7 @@ def quality_shapes(name, effort, folder):
         config["diffusion"]["schedule"] = "cosine"
         step_seconds = statistics.median(seconds[shape])
         config["train"] |= {"loss": "l2", "steps": round(60 * SHAPE_MINUTES / step_seconds), "ema_start": 100}
-        reached = train_and_measure(f"shape_{i}", config, data, "ema", SHAPE_SAMPLES)
+        reached = train_and_measure(f"shape_{i}", config, data, "ema")
         parameters = sum(p.numel() for p in training.build_model(POINT_1 | model).parameters())
         shapes.append({"shape": shape, "parameters": parameters, "images_per_second": batch_size / step_seconds,
                        "steps": config["train"]["steps"], **reached})  # fmt: skip
@@ -780,9 +784,16 @@ def tried(name, effort, folder):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 BENCHMARKS = {
-    "train_28": functools.partial(compare_training, model=POINT_1, image_size=28, batch_size=128),
-    "train_course_32": functools.partial(compare_training, model=COURSE, image_size=32, batch_size=32, repeats=3),
-    "train_course_64": functools.partial(compare_training, model=COURSE, image_size=64, batch_size=8, repeats=2),
+    "train_28": functools.partial(compare_training, what="Point 1's U-Net", model=POINT_1, image_size=28, batch_size=128),
+    "train_default": functools.partial(
+        compare_training, what="the default network", model=DEFAULT, image_size=28, batch_size=128, repeats=3
+    ),
+    "train_course_32": functools.partial(
+        compare_training, what="the course's network", model=COURSE, image_size=32, batch_size=32, repeats=3
+    ),
+    "train_course_64": functools.partial(
+        compare_training, what="the course's network", model=COURSE, image_size=64, batch_size=8, repeats=2
+    ),
     "sample": compare_sampling,
     "guided": compare_guided,
     "data_fashion_mnist": functools.partial(
@@ -865,6 +876,12 @@ def earlier_rows(path, machine, names):
         raise UserError(f"{path} is not a result of this benchmark: delete it, or use another --json-out") from error
 
 
+def in_order(rows):
+    """Rows in the order of the benchmarks that they come from, whenever they were measured."""
+    names = list(BENCHMARKS | QUALITY)
+    return sorted(rows, key=lambda row: next((i for i, name in enumerate(names) if belongs(row["name"], [name])), -1))
+
+
 def command_for(rows):
     """The command that measures rows of these names."""
     names = [name for name in BENCHMARKS | QUALITY if any(belongs(row, [name]) for row in rows)]
@@ -900,7 +917,7 @@ def main(argv=None):
                 print_row(row)
                 rows[row["name"]] = row | {"load_before": load}
             if out:
-                write_json(out, {"command": command_for(rows), "machine": recorded, "rows": list(rows.values())})
+                write_json(out, {"command": command_for(rows), "machine": recorded, "rows": in_order(rows.values())})
     if out:
         print(f"wrote {out}")
 

@@ -29,17 +29,18 @@ from utils import (
 )  # fmt: skip
 
 MODELS = {"patch": "PatchUNet", "course": "UNet"}
+SHAPE_FLAGS = ["width", "mults", "depth", "patch", "block", "attention"]  # PatchUNet's
 
 
-def make_parser(description, defaults, conditional=False):
-    """The parser and its subcommands; `defaults` overrides the defaults of flags."""
+def make_parser(description, data, shape, conditional=False):
+    """The parser and its subcommands; `train` by default trains a PatchUNet of the given shape on `data`."""
     parser = ArgumentParser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="train a model")
-    add_train_flags(train, conditional)
+    add_train_flags(train, conditional, shape)
     train.add_argument("--out", type=Path, required=True, help="the run's folder, such as runs/NAME")
-    train.set_defaults(run=run_train, conditional=conditional, **defaults)
+    train.set_defaults(run=run_train, data=data)
 
     sample = commands.add_parser("sample", help="sample a trained model")
     add_sample_flags(sample, conditional)
@@ -53,8 +54,12 @@ def make_parser(description, defaults, conditional=False):
     return parser, commands
 
 
-def add_train_flags(parser, conditional):
-    add = parser.add_argument
+def add_train_flags(parser, conditional, shape):
+    add, network = parser.add_argument, "this project's network"
+    if shape:
+        flags = (f"--{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}" for flag, value in shape.items())
+        network += f" (here with {' '.join(flags)})"
+    parser.set_defaults(conditional=conditional, shape=shape)
     add("--data", default="fashion_mnist", help="fashion_mnist, cifar10, cifar10-64, landscapes, or a folder of images")
     add("--image-size", type=number(int, 1, 4096), help="side of the training images (default: the data's own)")
     add("--flip", action=argparse.BooleanOptionalAction, help="random horizontal flips (default: as suits the data)")
@@ -69,8 +74,8 @@ def add_train_flags(parser, conditional):
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate, constant")
     add("--optimizer", choices=list(training.OPTIMIZERS), default="adam", help="optimizer")
     add("--seed", type=natural, default=0, help="of the weights and of every random draw")
-    add("--model", choices=list(MODELS), default="patch", help="patch: this project's network; course: the course's")
-    add("--width", type=number(int, 1, 4096), help="feature maps at the first level (default: the network's own)")
+    add("--model", choices=list(MODELS), default="patch", help=f"patch: {network}; course: the course's")
+    add("--width", type=number(int, 1, 4096), help="feature maps at the first level")
     add("--mults", type=number(int, 1, 64), nargs="+", help="width of each level, in multiples of --width (patch)")
     add("--depth", type=number(int, 1, 64), help="blocks per level (patch)")
     add("--patch", type=number(int, 1, 64), help="side of the pixel blocks that the network works on (patch)")
@@ -114,14 +119,12 @@ def add_sample_flags(parser, conditional):
 
 
 def make_config(args, data):
-    """The run's configuration, from the flags and the data; what a flag leaves out the network's default decides."""
+    """The run's configuration, from the flags and the data; PatchUNet's shape is the script's but for the flags given."""
     channels = data.images.shape[1]
-    if args.model == "patch":
-        shape = {"width": args.width, "mults": args.mults, "depth": args.depth, "patch": args.patch,
-                 "block": args.block, "attention": args.attention}  # fmt: skip
-    else:
-        shape = {"width": args.width}
-    model = {"name": MODELS[args.model], "channels": channels} | {k: v for k, v in shape.items() if v is not None}
+    flags = SHAPE_FLAGS if args.model == "patch" else ["width"]
+    shape = args.shape if args.model == "patch" else {}
+    shape = shape | {flag: value for flag in flags if (value := getattr(args, flag)) is not None}
+    model = {"name": MODELS[args.model], "channels": channels} | shape
     if args.conditional:
         if data.labels is None:
             raise UserError(f"{args.data} has no labels, which a conditional model needs: use class folders")

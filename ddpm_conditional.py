@@ -104,7 +104,7 @@ def run_sweep(args):
 
 
 def main(argv=None):
-    parser, commands = cli.make_parser(__doc__.splitlines()[0], {"data": "cifar10"}, conditional=True)
+    parser, commands = cli.make_parser(__doc__.splitlines()[0], "cifar10", {"width": 64}, conditional=True)
     help = "measure quality against the guidance scale, with raw and averaged weights"
     sweep = commands.add_parser("sweep", help=help)
     sweep.add_argument("--checkpoint", type=Path, required=True, help="a conditional checkpoint")

@@ -901,8 +901,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json_out:
         check_writable(args.json_out)  # better before the work than after it
     result = {"command": " ".join(["python evaluate.py", *argv]), **args.run(args)}
-    text = json.dumps(result, indent=2, allow_nan=False)
-    print(text)
+    print(json.dumps(result, indent=2, allow_nan=False))
     if args.json_out:
         write_json(args.json_out, result)
         print(f"wrote {args.json_out}", file=sys.stderr)
