@@ -72,6 +72,9 @@ SHAPES = {
     "single pixels, width 16, three levels": {"patch": 1, "width": 16, "mults": [1, 2, 4]},
     "single pixels, width 20, three levels": {"patch": 1, "width": 20, "mults": [1, 2, 4]},
     "single pixels, width 24, three levels": {"patch": 1, "width": 24, "mults": [1, 2, 4]},
+    "single pixels, width 20, without linear attention": {"patch": 1, "width": 20, "mults": [1, 2, 4], "attention": False},
+    "single pixels, width 32, without linear attention": {"patch": 1, "width": 32, "mults": [1, 2, 4], "attention": False},
+    "single pixels, widths 16, 64, 64, without linear attention": {"patch": 1, "width": 16, "mults": [1, 4, 4], "attention": False},
 }
 SHAPE_MINUTES = 2
 

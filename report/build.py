@@ -42,6 +42,7 @@ def execute_notebook(path, out, timeout=600):
         client = NotebookClient(
             notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
             record_timing=False, coalesce_streams=True, on_cell_executed=lambda **_: bar.update(),
+            extra_arguments=["--log-level=ERROR"],  # ipykernel's warning about local TCP would break the bar
         )  # fmt: skip
         try:
             client.execute()
