@@ -96,7 +96,10 @@ def speed_table():
     header = ["work", "plain", "ours", "gain (min to max)", "aim", f"on an {earlier['machine']['cpu']}"]
     machine = benchmark["machine"]
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}, bfloat16 {'yes' if machine['bfloat16'] else 'no'}"
-    return table(header, rows) + f"\n{notes}\n\nMeasured on: {cpu}, torch {machine['torch']}."
+    growth = [[row["what"], ", ".join(f"{x}: {point['median']:.3g} s" for x, point in row["points"].items())]
+              for row in benchmark["rows"] if row["name"].startswith("growth_")]  # fmt: skip
+    return "\n\n".join([table(header, rows) + f"\n{notes}", table(["how ours grows (medians)", "against: seconds"], growth),
+                        f"Measured on: {cpu}, torch {machine['torch']}."])  # fmt: skip
 
 
 def number(x):
