@@ -54,7 +54,7 @@ P_UNCOND = 0.1
 
 POINT_1 = {"name": "PatchUNet", "channels": 1}  # of the experiments
 DEFAULT = POINT_1 | SHAPE
-CONDITIONAL = DEFAULT | {"num_classes": 10}
+CONDITIONAL = POINT_1 | {"patch": 1, "width": 20, "mults": [1, 2, 4], "num_classes": 10}  # fashion_mnist_conditional's
 COURSE = {"name": "UNet_conditional", "channels": 3, "num_classes": 10}
 # a ConvNeXt network of the size of The Annotated Diffusion Model's
 CONVNEXT = {"name": "PatchUNet", "channels": 1, "width": 28, "mults": [1, 2, 4], "depth": 2, "patch": 1,
@@ -74,7 +74,7 @@ SHAPES = {
     "single pixels, width 24, three levels": {"patch": 1, "width": 24, "mults": [1, 2, 4]},
     "single pixels, width 20, without linear attention": {"patch": 1, "width": 20, "mults": [1, 2, 4], "attention": False},
     "single pixels, width 32, without linear attention": {"patch": 1, "width": 32, "mults": [1, 2, 4], "attention": False},
-    "single pixels, widths 16, 64, 64, without linear attention": {"patch": 1, "width": 16, "mults": [1, 4, 4], "attention": False},
+    "single pixels, widths 16, 64, 64, without linear attention (the default)": SHAPE,
 }
 SHAPE_MINUTES = 2
 

@@ -54,11 +54,17 @@ def make_parser(description, data, shape, conditional=False):
     return parser, commands
 
 
+def to_flag(name, value):
+    """As it would be typed: --mults 1 2 4, --no-attention."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
 def add_train_flags(parser, conditional, shape):
     add, network = parser.add_argument, "this project's network"
     if shape:
-        flags = (f"--{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}" for flag, value in shape.items())
-        network += f" (here with {' '.join(flags)})"
+        network += f" (here with {' '.join(to_flag(name, value) for name, value in shape.items())})"
     parser.set_defaults(conditional=conditional, shape=shape)
     add("--data", default="fashion_mnist", help="fashion_mnist, cifar10, cifar10-64, landscapes, or a folder of images")
     add("--image-size", type=number(int, 1, 4096), help="side of the training images (default: the data's own)")

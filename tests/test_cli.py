@@ -70,7 +70,7 @@ def test_train(script, idx_folder, tmp_path, capsys):
     assert config["diffusion"] == {"timesteps": 20, "schedule": "cosine", "objective": "simple"}
     assert config["model"].get("num_classes") == (10 if script == "ddpm_conditional.py" else None)
     assert (config["model"].get("patch"), config["model"].get("mults"), config["model"]["width"]) == {
-        "ddpm.py": (None, [1, 2, 4], 8), "ddpm_unconditional.py": (1, [1, 2, 4], 8), "ddpm_conditional.py": (None, None, 8),
+        "ddpm.py": (None, [1, 2, 4], 8), "ddpm_unconditional.py": (1, [1, 4, 4], 8), "ddpm_conditional.py": (None, None, 8),
     }[script]  # the script's shape, but for the flag that was given
     assert (config["data"]["image_size"], config["data"]["images"], config["data"]["flip"]) == (8, 64, False)
     before = everything(tmp_path)
