@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -113,6 +114,30 @@ def test_train_on_class_folders(tmp_path):
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["data"]["classes"] == ["cats", "dogs"] and config["data"]["flip"] is True
     assert config["model"] | {"channels": 3, "num_classes": 2} == config["model"]
+
+
+def test_the_published_commands_train_the_published_networks(monkeypatch):
+    """A script's defaults may change; the commands of checkpoints/README.md must still make what is published."""
+    text = (ROOT / "checkpoints/README.md").read_text()
+    published = dict(re.findall(r"publish --run (\S+) .*--out checkpoints/(\S+)", text))
+    monkeypatch.setattr(cli, "run_train", lambda args: trained.append(args))
+    for script, flags in re.findall(r"^python (ddpm\S*) (train .*)", text, re.MULTILINE):
+        trained = []
+        run(SCRIPTS[script].main, *flags.split())
+        (args,) = trained
+        if str(args.out) not in published:
+            continue  # the first of two runs
+        _, config = training.read_checkpoint(ROOT / "checkpoints" / published.pop(str(args.out)))
+        channels = training.build_model(config["model"]).channels
+        data = utils.ImageData(torch.empty(1, channels, 1, 1), torch.zeros(1).long(), config["data"]["classes"], "", False, 1)
+        args.init = None
+        made = cli.make_config(args, data)
+        shapes = [{name: weight.shape for name, weight in training.build_model(c["model"]).state_dict().items()} for c in (made, config)]
+        assert shapes[0] == shapes[1], script
+        assert made["diffusion"] == config["diffusion"]
+        for name in ("loss", "batch_size", "lr", "optimizer", "seed", "ema_betas", "ema_start", "p_uncond", "label_dropout"):
+            assert made["train"][name] == config["train"][name], (script, name)
+    assert not published
 
 
 # --- sample ------------------------------------------------------------------------------------------------------------
