@@ -92,7 +92,8 @@ def speed_table():
             other = others.get(row["name"])
             there = "" if not other else f"{other['ours']['median']:.3g} %" if row["unit"] == "%" else f"{other['gain']['median']:.3g}x"
             rows.append([row["what"].strip().replace("Frechet", "Fréchet"), *value, gain, AIMS.get(row["name"], ""), there])
-    notes = "".join(f"\n- {row['what'].strip()}: {row['note']}" for row in benchmark["rows"] if row.get("unit") in ("s", "min") and "note" in row)
+    notes = "".join(f"\n- {row['what'].strip().replace('Frechet', 'Fréchet')}: {row['note']}"
+                    for row in benchmark["rows"] if row.get("unit") in ("s", "min") and "note" in row)  # fmt: skip
     header = ["work", "plain", "ours", "gain (min to max)", "aim", f"on an {earlier['machine']['cpu']}"]
     machine = benchmark["machine"]
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}, bfloat16 {'yes' if machine['bfloat16'] else 'no'}"
@@ -106,14 +107,20 @@ def number(x):
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
+def speed_change(tried, what):
+    return f"{tried['points']['as it is']['median'] / tried['points'][what]['median'] - 1:+.0%}"
+
+
 def tried_table():
     """What was tried for speed and for the network's shape, from the rows of benchmark.json that are no comparisons."""
     rows = {row["name"]: row for row in read_result("benchmark")["rows"]}
     parts = []
     if tried := rows.get("tried"):
-        as_it_is = tried["points"]["as it is"]["median"]
-        lines = [[what, f"{point['median']:.3f} s", f"{as_it_is / point['median'] - 1:+.0%}"] for what, point in tried["points"].items()]
-        parts.append(table(["a training step of Point 1's network", "median", "speed"], lines))
+        earlier = read_result("benchmark_amd_epyc")
+        there = next(row for row in earlier["rows"] if row["name"] == "tried")
+        lines = [[what, f"{point['median']:.3f} s", speed_change(tried, what), speed_change(there, what)]
+                 for what, point in tried["points"].items()]  # fmt: skip
+        parts.append(table(["a training step of Point 1's network", "median", "speed", f"on an {earlier['machine']['cpu']}"], lines))
     if shapes := rows.get("shapes"):
         lines = [[s["shape"], f"{s['parameters']:,}", f"{s['images_per_second']:.0f}", f"{s['steps']:,}", f"{s['frechet_distance']:.2f}"]
                  for s in sorted(shapes["shapes"], key=lambda s: s["frechet_distance"])]  # fmt: skip
