@@ -127,8 +127,7 @@ def add_sample_flags(parser, conditional):
 def make_config(args, data):
     """The run's configuration, from the flags and the data; PatchUNet's shape is the script's but for the flags given."""
     channels = data.images.shape[1]
-    flags = SHAPE_FLAGS if args.model == "patch" else ["width"]
-    shape = args.shape if args.model == "patch" else {}
+    flags, shape = (SHAPE_FLAGS, args.shape) if args.model == "patch" else (["width"], {})
     shape = shape | {flag: value for flag in flags if (value := getattr(args, flag)) is not None}
     model = {"name": MODELS[args.model], "channels": channels} | shape
     if args.conditional:

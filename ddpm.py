@@ -315,7 +315,7 @@ def guided(model, labels=None, cfg_scale=0.0):
 def main(argv=None):
     import cli  # late: only the script needs the training loop
 
-    parser, _ = cli.make_parser("An unconditional DDPM of photographs.", "landscapes", {"width": 48, "mults": [1, 2, 4]})
+    parser, _ = cli.make_parser("An unconditional DDPM of photographs.", "landscapes", shape={})
     args = parser.parse_args(argv)
     args.run(args)
 

@@ -79,6 +79,11 @@ def read_features(name):
     return read_file(CHECKPOINTS / f"features_{name}.safetensors", "")
 
 
+def work(row):
+    """What a row of benchmark.json is about."""
+    return row["what"].strip().replace("Frechet", "Fréchet")
+
+
 def speed_table():
     """The comparisons on the machine of benchmark.json, and the gains that an earlier one had, whose CPU has other units."""
     benchmark, earlier = read_result("benchmark"), read_result("benchmark_amd_epyc")
@@ -91,9 +96,8 @@ def speed_table():
                 gain += f" ({row['gain']['min']:.3g} to {row['gain']['max']:.3g})"
             other = others.get(row["name"])
             there = "" if not other else f"{other['ours']['median']:.3g} %" if row["unit"] == "%" else f"{other['gain']['median']:.3g}x"
-            rows.append([row["what"].strip().replace("Frechet", "Fréchet"), *value, gain, AIMS.get(row["name"], ""), there])
-    notes = "".join(f"\n- {row['what'].strip().replace('Frechet', 'Fréchet')}: {row['note']}"
-                    for row in benchmark["rows"] if row.get("unit") in ("s", "min") and "note" in row)  # fmt: skip
+            rows.append([work(row), *value, gain, AIMS.get(row["name"], ""), there])
+    notes = "".join(f"\n- {work(row)}: {row['note']}" for row in benchmark["rows"] if row.get("unit") in ("s", "min") and "note" in row)
     header = ["work", "plain", "ours", "gain (min to max)", "aim", f"on an {earlier['machine']['cpu']}"]
     machine = benchmark["machine"]
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}, bfloat16 {'yes' if machine['bfloat16'] else 'no'}"
@@ -129,7 +133,7 @@ def tried_table():
         counts = sorted({int(steps) for points in samplers["samplers"].values() for steps in points})
         lines = [[f"`{sampler}`", *(f"{points[str(n)]['frechet_distance']:.2f}" if str(n) in points else "" for n in counts)]
                  for sampler, points in samplers["samplers"].items()]  # fmt: skip
-        parts.append(table([f"{samplers['what'].replace('Frechet', 'Fréchet')} (`{samplers['checkpoint']}`)", *map(str, counts)], lines))
+        parts.append(table([f"{work(samplers)} (`{samplers['checkpoint']}`)", *map(str, counts)], lines))
     return "\n\n".join(parts) or "Not measured yet: `python benchmark.py --only tried shapes`."
 
 

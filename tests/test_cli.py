@@ -71,7 +71,7 @@ def test_train(script, idx_folder, tmp_path, capsys):
     assert config["diffusion"] == {"timesteps": 20, "schedule": "cosine", "objective": "simple"}
     assert config["model"].get("num_classes") == (10 if script == "ddpm_conditional.py" else None)
     assert (config["model"].get("patch"), config["model"].get("mults"), config["model"]["width"]) == {
-        "ddpm.py": (None, [1, 2, 4], 8), "ddpm_unconditional.py": (1, [1, 4, 4], 8), "ddpm_conditional.py": (None, None, 8),
+        "ddpm.py": (None, None, 8), "ddpm_unconditional.py": (1, [1, 4, 4], 8), "ddpm_conditional.py": (None, None, 8),
     }[script]  # the script's shape, but for the flag that was given
     assert (config["data"]["image_size"], config["data"]["images"], config["data"]["flip"]) == (8, 64, False)
     before = everything(tmp_path)
@@ -421,7 +421,7 @@ def test_help(argv, capsys):
     (["--mults", 1, 0], "--mults"),
     (["--model", "course", "--width", 6], "multiple of 4"),
     (["--ema-beta", 1], "--ema-beta"),
-    (["--image-size", 10], "--image-size that 8 divides"),
+    (["--image-size", 10], "--image-size that 4 divides"),
     (["--image-size", 0], "--image-size"),
     (["--accumulate", 3], "must be a multiple"),
     (["--objective", "vlb", "--loss", "l1"], "--loss l2 only"),
@@ -497,7 +497,7 @@ def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused):
     assert "started with lr = 0.001, not 0.5" in refused(
         ddpm.main, *flags, "--lr", 0.5, "--resume", "--out", runs / "plain"
     )
-    assert "started with mults = None, not [1, 2, 4]" in refused(ddpm.main, *flags, "--resume", "--out", runs / "classes")
+    assert "started with num_classes = 10" in refused(ddpm.main, *flags, "--resume", "--out", runs / "classes")
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file/run"):
         assert str(tmp_path / "file") in refused(ddpm.main, *flags, "--out", out)
