@@ -17,6 +17,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -325,6 +326,9 @@ def process_group(device="auto"):
         kind = pick_device(device)
         if int(os.environ["WORLD_SIZE"]) > 1 and (kind.type not in ("cpu", "cuda") or kind.index is not None):
             raise UserError("several processes need --device cpu, or --device cuda for a GPU each")
+        # Imported later (DistributedDataParallel does), it keeps the group as a default argument: destroy_process_group
+        # then leaves gloo's threads behind, and one that frees a tensor while Python shuts down aborts the process.
+        importlib.import_module("torch.distributed.nn")
         dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
     yield dist.get_rank(), dist.get_world_size()

@@ -366,8 +366,10 @@ def test_accumulated_is_plain(tiny_data, tmp_path):
 
 
 WORKER = """
-import contextlib, sys, torch
+import atexit, contextlib, sys, torch
 from pathlib import Path
+@atexit.register  # before training's own, so that it runs after it
+def threads(): print("left", [n for f in Path("/proc/self/task").glob("*/comm") if "gloo" in (n := f.read_text())])
 sys.path[:0] = [{root!r}, {tests!r}]
 torch.set_num_threads(1)
 from conftest import tiny_config, tiny_data
@@ -408,6 +410,7 @@ def test_two_processes_are_one(tiny_data, tmp_path, stop_after, monkeypatch):
         close_to(tmp_path / name, tmp_path / "one")
         assert len(list((tmp_path / name).glob("state_*.pt"))) == 2 and no_leftovers(tmp_path / name)
     assert done.stdout.count("held") == 2  # every process is told, or some would train what the others skip
+    assert done.stdout.count("left []") == 2  # a thread of gloo's that outlives the group may abort the process
 
 
 def test_more_processes_than_gpus(monkeypatch, tiny_data, tmp_path):
