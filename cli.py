@@ -224,7 +224,9 @@ def run_sample(args):
         if suffix == ".gif":
             steps = diffusion.trajectory(model, shape, range(args.n), **options)
             bar = progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")
-            save_denoising_gif([to_uint8(x).cpu() for x in bar], args.out, columns)
+            shown = frames_shown(source["steps"] + 1)  # all of them would be gigabytes
+            frames = [to_uint8(x).cpu() for i, x in enumerate(bar) if i in shown]
+            save_denoising_gif(frames, args.out, columns)
         else:
             bar = functools.partial(progress, unit="step", desc="sampling")
             samples = diffusion.sample_batches(model, args.n, shape, batch_size=args.batch_size, progress=bar, **options)
@@ -236,11 +238,15 @@ def run_sample(args):
     print(f"wrote {args.out}")
 
 
+def frames_shown(count, longest=60):
+    """The indices of at most `longest` of `count` frames, evenly spaced from the first to the last."""
+    shown = min(longest, count)
+    return [round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)]
+
+
 def save_denoising_gif(frames, path, columns, scale=2, longest=60):
     """A GIF of the denoising: at most `longest` of the x_t, evenly spaced, the sample held for a second at the end."""
-    count = min(longest, len(frames))
-    chosen = [frames[round(i * (len(frames) - 1) / max(1, count - 1))] for i in range(count)]
-    pictures = [image_grid(frame, columns, scale=scale) for frame in chosen]
+    pictures = [image_grid(frames[i], columns, scale=scale) for i in frames_shown(len(frames), longest)]
     save_gif(pictures + 20 * pictures[-1:], path, fps=20)
 
 

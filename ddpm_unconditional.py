@@ -65,12 +65,16 @@ def run_grid(args):
     names = args.only or list(GRID)
     if unknown := [name for name in names if name not in EXPERIMENTS]:
         raise UserError(f"no experiment is called {unknown[0]!r}: choose from {', '.join(EXPERIMENTS)}")
+    if args.schedule or args.loss:
+        raise UserError("the experiments have their own --schedule and --loss: choose some with --only")
+    if args.minutes and (long := [name for name in names if "epochs" in EXPERIMENTS[name]]):
+        raise UserError(f"{long[0]} is defined by its epochs: leave --minutes out, or this experiment")
     for i, name in enumerate(names):
         folder = args.out / name
         say(f"{name} ({i + 1} of {len(names)})")
         try:
             settings = argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True})
-            if (folder / "model.safetensors").exists():
+            if is_finished(folder, args.device):
                 check_finished(settings)
             else:
                 cli.run_train(settings)
@@ -96,6 +100,12 @@ def run_grid(args):
         command = " ".join(["python ddpm_unconditional.py grid --publish --only", *(run["name"] for run in runs)])
         write_json(path, {"command": command, "runs": runs})
     print(f"wrote {args.out / 'grid.json'}: {len(results)} experiments")
+
+
+def is_finished(folder, device):
+    """True if the run has its model; the same in all processes of torchrun, whenever each of them looks."""
+    with training.process_group(device) as (_, world):
+        return training.any_process((folder / "model.safetensors").exists(), world, pick_device(device))
 
 
 def check_measurable(args):
@@ -156,7 +166,7 @@ def measure(name, folder, data, n, device):
     }  # fmt: skip
     if diffusion.alphas_cumprod[-1] > 0.01:
         # The forward process stops short of noise: is the network to blame, or the N(0, I) that sampling starts from?
-        x0 = to_model(first_images(load_data(data, "train", size), n))
+        x0 = to_model(first_images(evaluate.load_whole(data, "train", size), n))
         noise = torch.randn(x0.shape, generator=generator(0, 2))
         x0, noise = x0.to(diffusion.betas.device), noise.to(diffusion.betas.device)
         x_T = diffusion.q_sample(x0, torch.full((len(x0),), diffusion.timesteps - 1, device=x0.device), noise)
@@ -174,7 +184,7 @@ def main(argv=None):
     grid.add_argument("--n", type=positive, default=2000, help="samples to measure")
     grid.add_argument("--publish", action="store_true", help="also write checkpoints/grid_* and report/results/grid.json")
     # 6 epochs of 60,000 images, of which the last is averaged (of 10, the second half)
-    grid.set_defaults(run=run_grid, epochs=6, ema_start=2344)
+    grid.set_defaults(run=run_grid, epochs=6, ema_start=2344, schedule=None, loss=None)
     args = parser.parse_args(argv)
     args.run(args)
 

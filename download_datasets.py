@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def get_fashion_mnist(source: Path | None) -> None:
     """Into data/fashion_mnist, from `source`, the hub or torchvision's mirror. Debian's copy is used where it lies."""
-    target = utils.ROOT / "data/fashion_mnist"
+    target = (utils.ROOT / "data/fashion_mnist").resolve()  # perhaps a link to a larger disk
     if is_filled(target):
         print(f"{target} is all there: {count_fashion_mnist(target)}")
         return
@@ -165,7 +165,7 @@ def make_sample(folder: Path, train: int = 2500, test: int = 1000) -> None:
 
 def get_images(name: str, source: Path | None) -> None:
     """Into the folder beside the scripts, as <class>/* or {train,test}/<class>/*, checked and counted."""
-    target = utils.ROOT / utils.FOLDERS[name][0]
+    target = (utils.ROOT / utils.FOLDERS[name][0]).resolve()  # perhaps a link to a larger disk
     if is_filled(target):
         print(f"{target} is all there: {describe(confirm(target))}")
         return

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import math
 import socket
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
@@ -156,6 +157,7 @@ def train_features(name: str, seed: int = 0) -> dict:
     Nesterov SGD, learning-rate cycles, label smoothing. The state after every epoch is in runs/features_NAME/, where an
     interrupted training goes on; delete it to start again. Returns the facts that the weights' file records.
     """
+    checkpoint_path("features", name)  # refuses a name that it could not be kept under, before the work
     train, test = load_whole(name), load_whole(name, "test")
     if train.labels is None or len(train.classes) < 2:
         raise UserError(f"{name} has no labels, so there is nothing to train a classifier on")
@@ -190,8 +192,10 @@ def train_features(name: str, seed: int = 0) -> dict:
                         "seconds": round(time.perf_counter() - start, 1)})  # fmt: skip
         say(json.dumps(history[-1]))
         with atomic_path(path) as temporary:
+            state = io.BytesIO()  # PyTorch reports a full disk as a RuntimeError
             torch.save({"identity": identity, "net": net.state_dict(), "optimizer": optimizer.state_dict(),
-                        "history": history}, temporary)  # fmt: skip
+                        "history": history}, state)  # fmt: skip
+            temporary.write_bytes(state.getbuffer())
     net.half().float()  # from here on exactly what the file will hold
     facts = {"data": name, "test_accuracy": accuracy(net, test), "architecture": architecture, "recipe": recipe,
              "precision": pick_precision("cpu"), "seed": seed, "classes": train.classes, "history": history}  # fmt: skip
@@ -252,12 +256,16 @@ def accuracy(net: FeatureNet, data: ImageData) -> float:
 
 
 def checkpoint_path(kind: str, name: str | Path) -> Path:
+    """checkpoints/KIND_NAME.safetensors. Raises UserError for a folder that only shares its name with a built-in data set."""
+    if str(name) != Path(name).name and Path(name).name in ("fashion_mnist", *FOLDERS):
+        raise UserError(f"{name} is called like the built-in {Path(name).name}: use that name for it, or rename the folder")
     return CHECKPOINTS / f"{kind}_{Path(name).name}.safetensors"
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], config: dict) -> None:
     with atomic_path(path) as temporary:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"config": json.dumps(config)})
+        contiguous = {key: value.contiguous() for key, value in tensors.items()}
+        temporary.write_bytes(save(contiguous, {"config": json.dumps(config)}))  # save_file hides a full disk
 
 
 def read_file(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:

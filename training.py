@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib
 import io
@@ -261,10 +262,13 @@ def load_state(folder):
     for path in sorted(folder.glob("state_*.pt"), reverse=True):
         contents = path.read_bytes()
         if hashlib.sha256(contents).hexdigest()[:16] == path.stem.split("_")[-1]:
-            with contextlib.suppress(Exception):  # not written by this program: torch.load raises what it likes
+            try:
                 state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
                 if STATE_PARTS <= state.keys():
                     return state, path
+            except Exception as error:  # not written by this program: torch.load raises what it likes
+                if is_out_of_memory(error):
+                    raise
         say(f"{path} is damaged: going on from the state before it")
     return None, None
 
@@ -287,11 +291,11 @@ def locked(folder):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a function that tells whether Ctrl-C or a termination request has come; a second one interrupts at once."""
+    """Yield a function that tells whether Ctrl-C or a termination request has come; a second Ctrl-C interrupts at once."""
     received = []
 
     def handler(number, frame):
-        if received:
+        if received and number == signal.SIGINT:  # a second SIGTERM may be torchrun's, which passes on what all received
             raise KeyboardInterrupt
         received.append(number)
 
@@ -306,15 +310,20 @@ def stop_signals():
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
+def under_torchrun():
+    """True if torchrun started this process. (A scheduler may set some of its variables, too.)"""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def is_main():
     """True in the one process that writes and speaks."""
-    return os.environ.get("RANK", "0") == "0"
+    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 @contextlib.contextmanager
 def process_group(device="auto"):
     """(rank, number of processes) of this process, as torchrun started it; (0, 1) without torchrun."""
-    if "WORLD_SIZE" not in os.environ:
+    if not under_torchrun():
         yield 0, 1
         return
     if not dist.is_initialized():  # once for all runs of this process: PyTorch may hang in a second time
@@ -330,8 +339,13 @@ def process_group(device="auto"):
         # then leaves gloo's threads behind, and one that frees a tensor while Python shuts down aborts the process.
         importlib.import_module("torch.distributed.nn")
         dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave_process_group)
     yield dist.get_rank(), dist.get_world_size()
+
+
+def leave_process_group():
+    gc.collect()  # a DistributedDataParallel that waits for the collector would keep gloo's threads, too
+    dist.destroy_process_group()
 
 
 def any_process(flag, world, device):
@@ -395,14 +409,15 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
         if rank == 0:
             try:
                 stack.enter_context(locked(out))
-            except Held as error:
+            except (UserError, OSError) as error:
                 held = error
         device = pick_device(device)
         if any_process(held is not None, world, device):  # or the others would wait for rank 0
-            raise held or Held(f"another process is training in {out}")
+            raise held or Held(f"process 0 cannot train in {out}: see its message")
+        stop_requested = stack.enter_context(stop_signals())  # before the first state, which says that a run can go on
         try:
             run = Run(config, data, out, device, rank, world, resume, init)
-            run.loop(minutes, sample_every, compile, accumulate)
+            run.loop(stop_requested, minutes, sample_every, compile, accumulate)
         except (MemoryError, RuntimeError) as error:
             if compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise UserError("torch.compile does not work here (has this machine a C++ compiler?): leave --compile "
@@ -538,7 +553,7 @@ class Run:
         keep_freed_memory()
         self.model.train()
 
-    def loop(self, minutes, sample_every, compile, accumulate):
+    def loop(self, stop_requested, minutes, sample_every, compile, accumulate):
         settings = self.config["train"]
         model = torch.compile(self.model) if compile else self.model
         if self.world > 1:
@@ -552,7 +567,7 @@ class Run:
         )
         checked, started = self.step, time.monotonic()
         warm = min(self.step + 1, TIMED_STEPS - 1)  # the first step also warms up, and compiles: it is not timed
-        with stop_signals() as stop_requested, bar:
+        with bar:
             while settings["steps"] is None or self.step < settings["steps"]:
                 self.losses[self.step] = self.train_step(model, accumulate)
                 self.step += 1
@@ -641,6 +656,8 @@ class Run:
     def stop(self):
         if self.rank == 0:
             self.save()
+        if self.world > 1:
+            dist.barrier()  # torchrun ends all processes as soon as one has left: not in the middle of the save
         raise KeyboardInterrupt(f"stopped at step {self.step}; the same command with --resume goes on from there")
 
     def sample_grid(self, n=64):

@@ -275,8 +275,9 @@ def _mnist_data(images: np.ndarray, labels: np.ndarray, name: str, image_size: i
         x = torch.nn.functional.pad(x, (2, 2, 2, 2))  # the background is black: no pixel needs to be resampled
     elif size != 28:
         x = resize(x, size)
+    classes = list(FASHION_MNIST_CLASSES) if name.startswith("fashion") else [str(i) for i in range(10)]  # MNIST's digits
     # no flips: shoes all point one way
-    return ImageData(x, torch.from_numpy(labels), list(FASHION_MNIST_CLASSES), name, flip=False, image_size=size)
+    return ImageData(x, torch.from_numpy(labels), classes, name, flip=False, image_size=size)
 
 
 def read_mnist_files(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -40,7 +40,7 @@ def execute_notebook(path, out, timeout=600):
     cells = sum(cell.cell_type == "code" for cell in notebook.cells)
     with progress(total=cells, desc=path.stem, unit="cell") as bar:
         client = NotebookClient(
-            notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+            notebook, timeout=timeout, startup_timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
             record_timing=False, coalesce_streams=True, on_cell_executed=lambda **_: bar.update(),
             extra_arguments=["--log-level=ERROR"],  # ipykernel's warning about local TCP would break the bar
         )  # fmt: skip
@@ -52,6 +52,8 @@ def execute_notebook(path, out, timeout=600):
             raise UserError(f"the kernel of {path.name} died, most likely because memory was full: close other programs") from error
         except CellExecutionError as error:
             raise UserError(f"{path.name} failed: {error.ename}: {error.evalue} (open it to see the cell)") from error
+        except RuntimeError as error:  # the kernel died, or another took its port, before it answered
+            raise UserError(f"Jupyter could not start a kernel for {path.name} ({error}): try again") from error
     # the kernel's own version is no news
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     with atomic_path(out) as temporary:

@@ -26,8 +26,8 @@ from modules import UNet_conditional
 from utils import UserError, load_samples
 
 SCRIPTS = {"ddpm.py": ddpm, "ddpm_unconditional.py": ddpm_unconditional, "ddpm_conditional.py": ddpm_conditional}
-TINY = ["--image-size", 8, "--width", 8, "--batch-size", 16, "--timesteps", 20, "--schedule", "cosine", "--device", "cpu",
-        "--epochs", 1, "--sample-every", 0, "--precision", "float32", "--ema-beta", 0.5, 0.9, "--ema-start", 1]  # fmt: skip
+TINY = ["--image-size", 8, "--width", 8, "--batch-size", 16, "--timesteps", 20, "--device", "cpu", "--epochs", 1,
+        "--sample-every", 0, "--precision", "float32", "--ema-beta", 0.5, 0.9, "--ema-start", 1]  # fmt: skip
 
 
 def run(main, *argv):
@@ -68,7 +68,7 @@ def test_train(script, idx_folder, tmp_path, capsys):
     assert f"wrote {tmp_path / 'run/model.safetensors'}" in capsys.readouterr().out
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["train"]["steps"] == 4 and config["train"]["batch_size"] == 16
-    assert config["diffusion"] == {"timesteps": 20, "schedule": "cosine", "objective": "simple"}
+    assert config["diffusion"] == {"timesteps": 20, "schedule": "linear", "objective": "simple"}
     assert config["model"].get("num_classes") == (10 if script == "ddpm_conditional.py" else None)
     assert (config["model"].get("patch"), config["model"].get("mults"), config["model"]["width"]) == {
         "ddpm.py": (None, None, 8), "ddpm_unconditional.py": (1, [1, 4, 4], 8), "ddpm_conditional.py": (None, None, 8),
@@ -583,6 +583,9 @@ def test_bad_publish(runs, tmp_path, refused):
 def test_bad_grid_and_sweep(plain, classes, tmp_path, refused, monkeypatch):
     flags = ["grid", "--out", tmp_path / "grid", "--only", "cosine_l4"]
     assert "no experiment is called 'cosine_l4'" in refused(ddpm_unconditional.main, *flags)
+    flags[-1] = "linear_l2_10_epochs"
+    assert "their own --schedule and --loss" in refused(ddpm_unconditional.main, *flags, "--loss", "l1")
+    assert "is defined by its epochs" in refused(ddpm_unconditional.main, *flags, "--minutes", 5)
     flags = ["sweep", "--checkpoint", plain, "--out", tmp_path / "x.json"]
     assert "no classes" in refused(ddpm_conditional.main, *flags)
     assert "nowhere" in refused(ddpm_conditional.main, *flags, "--checkpoint", tmp_path / "nowhere.safetensors")

@@ -46,6 +46,7 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in [name for name in os.environ if name.startswith(("KAGGLE_", "XDG_CONFIG", "HF_"))]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # a proxy is not asked for the stand-in servers
 
     def refuse(url):
         raise UserError(f"no network (cannot reach {url})")
@@ -97,6 +98,13 @@ def cifar_zip(tmp_path):
 def nothing_left(root):
     """Neither a data folder nor a temporary one."""
     return [path for path in root.rglob("*") if path.name != "data"] == []
+
+
+def test_a_link_to_a_larger_disk_is_filled(root, cifar_zip, tmp_path):
+    (tmp_path / "large").mkdir()
+    (root / "cifar10").symlink_to(tmp_path / "large")
+    main(["cifar10", "--from", str(cifar_zip)])
+    assert (root / "cifar10").is_symlink() and (tmp_path / "large/train/cat").is_dir()
 
 
 # --- archives and folders -----------------------------------------------------------------------------------------
@@ -494,6 +502,7 @@ def test_without_a_network_every_source_is_named(root, refused):
 
 def test_the_network_is_looked_for_quickly(server, monkeypatch):
     monkeypatch.undo()  # the real require_network
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     download_datasets.require_network(server.url)
     download_datasets.require_network(server.url + "not/there")  # an error page is an answer
     server.web.shutdown()

@@ -327,6 +327,13 @@ def test_one_cycle_rises_to_one_and_ends_at_zero():
     assert shares[:200] == sorted(shares[:200]) and shares[200:] == sorted(shares[200:], reverse=True)
 
 
+@pytest.mark.parametrize("use", [evaluate.train_features, evaluate.load_features])
+def test_a_folder_called_like_built_in_data_is_not_taken_for_it(use, tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    with pytest.raises(UserError, match="is called like the built-in cifar10"):
+        use(tmp_path / "cifar10")
+
+
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """A project folder whose data set `toy` is easy: class 1 is bright on the left, class 0 on the right."""

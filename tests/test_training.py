@@ -328,7 +328,6 @@ def test_sigterm_to_a_real_process(idx_folder, tmp_path):
         if list((tmp_path / "run").glob("state_*.pt")):
             break
         time.sleep(0.1)
-    time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     err = process.communicate(timeout=300)[1]
     assert process.returncode == 130 and "Traceback" not in err
@@ -411,6 +410,12 @@ def test_two_processes_are_one(tiny_data, tmp_path, stop_after, monkeypatch):
         assert len(list((tmp_path / name).glob("state_*.pt"))) == 2 and no_leftovers(tmp_path / name)
     assert done.stdout.count("held") == 2  # every process is told, or some would train what the others skip
     assert done.stdout.count("left []") == 2  # a thread of gloo's that outlives the group may abort the process
+
+
+def test_one_variable_is_not_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # by a scheduler
+    with training.process_group() as group:
+        assert group == (0, 1) and training.is_main()
 
 
 def test_more_processes_than_gpus(monkeypatch, tiny_data, tmp_path):
@@ -608,6 +613,14 @@ def test_damaged_newest_state(finished, tiny_data, tmp_path, stop_after, monkeyp
     err = capsys.readouterr().err
     assert f"{newest} is damaged: going on from the state before it" in err and "going on from step 4" in err
     assert_same(contents(tmp_path), contents(finished))
+
+
+def test_no_memory_for_a_state_is_not_damage(tiny_data, tmp_path, stop_after, monkeypatch):
+    states = interrupted_run(tiny_data, tmp_path, stop_after, monkeypatch)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(UserError, match="out of memory"):
+        train(tiny_config(), tiny_data, tmp_path, resume=True)
+    assert sorted(tmp_path.glob("state_*.pt")) == list(states)
 
 
 def test_after_a_damaged_state_the_good_ones_are_kept(tiny_data, tmp_path, stop_after, monkeypatch):

@@ -229,6 +229,10 @@ def test_sizes_of_fashion_mnist(idx_folder):
         load_data(idx_folder, "validation")
 
 
+def test_other_data_in_mnist_files_has_no_clothes(idx_folder):
+    assert load_data(idx_folder).classes == [str(digit) for digit in range(10)]
+
+
 @pytest.fixture
 def idx_copy(tmp_path, idx_folder):
     for file in idx_folder.iterdir():
