@@ -873,8 +873,13 @@ def earlier_rows(path, machine, names):
         before = json.loads(path.read_text())
         if set(names) <= set(TIMELESS):
             machine = before["machine"]
-        return machine, {row["name"]: row for row in before["rows"]
-                         if before["machine"] == machine or belongs(row["name"], TIMELESS)}  # fmt: skip
+        kept = {row["name"]: row for row in before["rows"]
+                if before["machine"] == machine or belongs(row["name"], TIMELESS)}  # fmt: skip
+        if dropped := [row["name"] for row in before["rows"] if row["name"] not in kept]:
+            differs = ", ".join(key for key in machine if machine[key] != before["machine"].get(key))
+            say(f"{path} was measured with other {differs}: its rows {', '.join(dropped)} will go "
+                "(another --json-out keeps them)")  # fmt: skip
+        return machine, kept
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a result of this benchmark: delete it, or use another --json-out") from error
 

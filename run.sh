@@ -37,7 +37,11 @@ install() {
 
 setup() {
     stage "Python environment in .venv"
-    if ! .venv/bin/python -c 'import pip' 2>/dev/null; then  # not made yet, or half made
+    if .venv/bin/python -c '' 2>/dev/null; then
+        # half made, or made by a tool that puts no pip in: it may hold what you installed, so it stays
+        .venv/bin/python -c 'import pip' 2>/dev/null || .venv/bin/python -m ensurepip ||
+            fail ".venv has no pip and cannot get one: move it away, then run this again"
+    else
         local python
         python=$(find_python)
         rm -rf .venv
