@@ -71,7 +71,7 @@ def test_train(script, idx_folder, tmp_path, capsys):
     assert config["diffusion"] == {"timesteps": 20, "schedule": "linear", "objective": "simple"}
     assert config["model"].get("num_classes") == (10 if script == "ddpm_conditional.py" else None)
     assert (config["model"].get("patch"), config["model"].get("mults"), config["model"]["width"]) == {
-        "ddpm.py": (None, None, 8), "ddpm_unconditional.py": (1, [1, 4, 4], 8), "ddpm_conditional.py": (None, None, 8),
+        "ddpm.py": (None, None, 8), "ddpm_unconditional.py": (1, [1, 4, 4], 8), "ddpm_conditional.py": (1, [1, 4, 8], 8),
     }[script]  # the script's shape, but for the flag that was given
     assert (config["data"]["image_size"], config["data"]["images"], config["data"]["flip"]) == (8, 64, False)
     before = everything(tmp_path)
@@ -497,7 +497,9 @@ def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused):
     assert "started with lr = 0.001, not 0.5" in refused(
         ddpm.main, *flags, "--lr", 0.5, "--resume", "--out", runs / "plain"
     )
-    assert "started with num_classes = 10" in refused(ddpm.main, *flags, "--resume", "--out", runs / "classes")
+    same_shape = ["--patch", 1, "--mults", 1, 4, 8, "--no-attention"]
+    error = refused(ddpm.main, *flags, *same_shape, "--resume", "--out", runs / "classes")
+    assert "started with num_classes = 10" in error
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file/run"):
         assert str(tmp_path / "file") in refused(ddpm.main, *flags, "--out", out)

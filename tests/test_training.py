@@ -365,10 +365,12 @@ def test_accumulated_is_plain(tiny_data, tmp_path):
 
 
 WORKER = """
-import atexit, contextlib, sys, torch
+import atexit, contextlib, os, sys, torch
 from pathlib import Path
 @atexit.register  # before training's own, so that it runs after it
-def threads(): print("left", [n for f in Path("/proc/self/task").glob("*/comm") if "gloo" in (n := f.read_text())])
+def threads():
+    left = [name for file in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := file.read_text())]
+    os.write(1, f"left {{left}}\\n".encode())  # in one piece: two processes write here
 sys.path[:0] = [{root!r}, {tests!r}]
 torch.set_num_threads(1)
 from conftest import tiny_config, tiny_data
