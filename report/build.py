@@ -40,8 +40,8 @@ def execute_notebook(path, out, timeout=600):
     cells = sum(cell.cell_type == "code" for cell in notebook.cells)
     with progress(total=cells, desc=path.stem, unit="cell") as bar:
         client = NotebookClient(
-            notebook, timeout=timeout, startup_timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-            record_timing=False, coalesce_streams=True, on_cell_executed=lambda **_: bar.update(),
+            notebook, timeout=timeout, startup_timeout=timeout, kernel_name="python3",
+            resources={"metadata": {"path": str(path.parent)}}, record_timing=False, coalesce_streams=True, on_cell_executed=lambda **_: bar.update(),
             extra_arguments=["--log-level=ERROR"],  # ipykernel's warning about local TCP would break the bar
         )  # fmt: skip
         try:
