@@ -312,10 +312,11 @@ def make_reference(net: FeatureNet, train: ImageData, test: ImageData, seed: int
     return reference
 
 
-def load_reference(name: str | Path, net: FeatureNet) -> tuple[dict[str, torch.Tensor], dict]:
+def load_reference(name: str | Path, net: FeatureNet, image_size: int | None = None) -> tuple[dict[str, torch.Tensor], dict]:
     """What `make_reference` made of data set `name` in the features of `net`, and its facts. Raises UserError.
 
-    Of the classifier's own data set it is in checkpoints/; of another one it is computed, which needs the images.
+    Of the classifier's own data set it is in checkpoints/; of another one it is computed, which needs the images. They are
+    loaded at `image_size`, the samples' (None: the classifier's), and from there shrunk as samples are.
     """
     if Path(name).name == net.name:
         path = checkpoint_path("reference", name)
@@ -323,8 +324,8 @@ def load_reference(name: str | Path, net: FeatureNet) -> tuple[dict[str, torch.T
         if facts["features_sha256"] != net.sha256:
             raise UserError(f"{path.name} was made with other weights: run `python evaluate.py train-features {name}`")
         return reference, facts | {"sha256": sha256(path)}
-    size = net.image_shape[-1]
-    train, test = load_whole(name, "train", size), load_whole(name, "test", size)
+    train, test = (load_whole(name, split, image_size or net.image_shape[-1]) for split in ("train", "test"))
+    train.images, test.images = shrink(net, train.images), shrink(net, test.images)
     check_shape(net, test.images)
     reference = make_reference(net, train, test)
     digest = hashlib.sha256(b"".join(reference[key].numpy().tobytes() for key in sorted(reference))).hexdigest()
@@ -460,6 +461,12 @@ def check_shape(net: FeatureNet, images: torch.Tensor) -> None:
         raise UserError(f"the images are {there} (height x width x channels), the feature classifier expects {here}")
 
 
+def shrink(net: FeatureNet, images: torch.Tensor) -> torch.Tensor:
+    """Larger square images as small as the classifier takes them; others as they are."""
+    size = net.image_shape[-1]
+    return resize(images, size) if images.shape[-2] == images.shape[-1] > size else images
+
+
 def check_samples(images) -> torch.Tensor:
     """uint8 N x H x W x C (array or tensor) -> uint8 tensor N x C x H x W. Raises UserError."""
     images = torch.as_tensor(images)
@@ -512,7 +519,8 @@ def evaluate_samples(images, labels=None, data_name: str = "fashion_mnist", feat
                      k: int = 3, seed: int = 0, draws: int = 100, need_labels: bool = False) -> dict:  # fmt: skip
     """Compare samples (uint8, N x H x W x C; labels int64, N, or None) with the test split of a data set.
 
-    features_name: the feature classifier, by default the data set's own; "inception" is the standard FID's network.
+    features_name: the feature classifier, by default the data set's own; "inception" is the standard FID's network. For the
+    classifier of another data set, samples and real images that are larger than its own are shrunk.
     need_labels: an error where there are none. Raises UserError.
     """
     x = check_samples(images)
@@ -523,12 +531,15 @@ def evaluate_samples(images, labels=None, data_name: str = "fashion_mnist", feat
     net = load_features(features_name or data_name)
     if need_labels and net.name != Path(data_name).name:
         raise UserError(f"the classifier of {net.name} does not know the labels of {Path(data_name).name}")
+    image_size = x.shape[-1]
+    if net.name != Path(data_name).name:
+        x = shrink(net, x)
     check_shape(net, x)
     check_count(len(x), net.head.in_features)
-    reference, facts = load_reference(data_name, net)
+    reference, facts = load_reference(data_name, net, image_size)
     sample_features, logits = features(net, x)
     result = {
-        "samples": len(x), "data": Path(data_name).name,
+        "samples": len(x), "image_size": image_size, "data": Path(data_name).name,
         "reference": {"split": "test", "images": facts["test_images"], "sha256": facts["sha256"]},
         "features": {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256},
         **compare(sample_features, reference, k, seed, draws),

@@ -422,6 +422,12 @@ def test_a_folder_of_photographs_is_measured_in_another_classifiers_features(tmp
     assert result["features"]["name"] == "rgb" and result["data"] == "photographs"
     assert result["frechet_distance_to_train"] == pytest.approx(0, abs=1e-6)
 
+    # twice as large as the classifier takes: shrunk, and the real images in the same way
+    save_samples(tmp_path / "large.npz", evaluate.load_whole(tmp_path / "photographs", image_size=16).images)
+    run(tmp_path / "large.npz", "--data", tmp_path / "photographs", "--features", "rgb", "--k", 1)
+    result = json.loads(capsys.readouterr().out)
+    assert result["image_size"] == 16 and result["frechet_distance_to_train"] == pytest.approx(0, abs=1e-6)
+
 
 def test_mirrored_features_do_not_tell_left_from_right():
     torch.manual_seed(0)
