@@ -810,20 +810,20 @@ def sanity(data_name: str, n: int = 5000, seed: int = 0) -> dict:
 
 
 def count_curve(net: FeatureNet, train: ImageData, reference: dict, seed: int, repeats: int = 10) -> list[dict]:
-    """The Frechet distance of training images to the test split against their number: mean and spread over subsets."""
-    x = features(net, train.images)[0]
+    """Training images against the test split, by their number: the Frechet distance's mean and spread over subsets, and
+    precision and recall of the first subset."""
+    x, test = features(net, train.images)[0], reference["test_features"].float()
     counts = [count for count in (200, 500, 1000, 2000, 5000, 10_000, 20_000) if x.shape[1] < count <= len(x)]
-    def distances(count):
-        for i in range(repeats):
-            subset = x[torch.randperm(len(x), generator=generator(seed, count, i))[:count]]
-            yield frechet(*statistics(subset), reference["test_mean"], reference["test_cov"])
-
     curve = []
     for count in counts:
+        subsets = [x[torch.randperm(len(x), generator=generator(seed, count, i))[:count]] for i in range(repeats)]
         with one_thread():
-            values = list(distances(count))
-        curve.append({"count": count, "mean": float(np.mean(values)), "repeats": repeats,
-                      "standard_deviation": float(np.std(values, ddof=1))})  # fmt: skip
+            values = [frechet(*statistics(subset), reference["test_mean"], reference["test_cov"]) for subset in subsets]
+        pairs = min(count, len(test))
+        some_test = test[torch.randperm(len(test), generator=generator(seed, count))[:pairs]]
+        precision, recall = precision_recall(some_test, subsets[0][:pairs])
+        curve.append({"count": count, "mean": float(np.mean(values)), "repeats": repeats, "standard_deviation":
+                      float(np.std(values, ddof=1)), "precision": precision, "recall": recall})  # fmt: skip
     return curve
 
 

@@ -43,7 +43,7 @@ WEIGHTS_STYLE = {
 TEXT_WIDTH = 6.7  # inches, on A4
 STYLE = {
     "figure.dpi": 100, "savefig.dpi": 200,
-    "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7.5,
+    "font.family": "DejaVu Sans", "font.size": 9.5, "axes.titlesize": 9.5, "legend.fontsize": 8.5,
     "lines.linewidth": 1.6, "lines.markersize": 4,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "legend.frameon": False,
     # text as outlines, numbered without a random salt, no date: the same figure is the same bytes
@@ -149,8 +149,8 @@ def labelled_rows(rows, column_labels=None, scale=4, width=TEXT_WIDTH, gap=1):
     images = [as_uint8(row) for row in rows.values()]
     count, (channels, height, side) = len(images[0]), images[0].shape[1:]
     grid = pixels(torch.cat([row.expand(-1, 3, -1, -1) if channels == 1 else row for row in images]), count, scale, gap)
-    label_room = 0.062 * max(len(part) for name in rows for part in name.split("\n")) + 0.1
-    label_height = 0.2 if column_labels is not None else 0.02
+    label_room = 0.073 * max(len(part) for name in rows for part in name.split("\n")) + 0.1
+    label_height = 0.23 if column_labels is not None else 0.02
     picture_width = width - label_room
     picture_height = picture_width * grid.shape[0] / grid.shape[1]
     total = picture_height + label_height

@@ -128,11 +128,11 @@ def tried_table():
         lines = [[s["shape"], f"{s['parameters']:,}", f"{s['images_per_second']:.0f}", f"{s['steps']:,}", f"{s['frechet_distance']:.2f}"]
                  for s in sorted(shapes["shapes"], key=lambda s: s["frechet_distance"])]  # fmt: skip
         parts.append(table([shapes["what"], "parameters", "images/s", "steps", "Fréchet"], lines))
-    if samplers := rows.get("samplers"):
-        counts = sorted({int(steps) for points in samplers["samplers"].values() for steps in points})
-        lines = [[f"`{sampler}`", *(f"{points[str(n)]['frechet_distance']:.2f}" if str(n) in points else "" for n in counts)]
-                 for sampler, points in samplers["samplers"].items()]  # fmt: skip
-        parts.append(table([f"{work(samplers)} (`{samplers['checkpoint']}`)", *map(str, counts)], lines))
+    if compared := [row for name, row in rows.items() if name.startswith("samplers_")]:
+        counts = sorted({int(steps) for row in compared for points in row["samplers"].values() for steps in points})
+        lines = [[f"`{row['checkpoint']}`", f"`{sampler}`", *(f"{points[str(n)]['frechet_distance']:.2f}" if str(n) in points else "" for n in counts)]
+                 for row in compared for sampler, points in row["samplers"].items()]  # fmt: skip
+        parts.append(table([work(compared[0]), "sampler", *map(str, counts)], lines))
     return "\n\n".join(parts) or "Not measured yet: `python benchmark.py --only tried shapes`."
 
 
