@@ -555,7 +555,7 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0) -> d
         from torchmetrics.image.fid import NoTrainInceptionV3  # type: ignore[import-not-found]
     except ImportError:
         raise UserError("--features inception needs `pip install torchmetrics torch-fidelity`") from None
-    test = load_data(data_name, "test")
+    test = load_data(data_name, "test", images.shape[-1])
     check_count(len(images), 2048)
     timeout = socket.getdefaulttimeout()
     try:
@@ -618,7 +618,10 @@ def model_images(data_name: str | None, config: dict, count: int) -> tuple[torch
     if not 2 <= count <= len(data):
         raise UserError(f"--n must be between 2 and the number of test images of {name}, {len(data):,}, not {count:,}")
     index = torch.arange(count) * len(data) // count
-    labels = data.labels[index] if config["model"].get("num_classes") and data.labels is not None else None
+    classes = config["model"].get("num_classes")
+    labels = data.labels[index] if classes and data.labels is not None else None
+    if labels is not None and (len(data.classes) != classes or config["data"].get("classes", data.classes) != data.classes):
+        raise UserError(f"the classes of {name} are not those of the model: give another --data")
     return to_model(data.images[index]), labels, data.name
 
 

@@ -237,6 +237,13 @@ def load_checkpoint(path, weights=None, device="cpu"):
 # --- state: what an interrupted run needs to go on -------------------------------------------------------------------
 
 
+# The names that a run gives its files, so that no other file in its folder is ever deleted.
+HEX = "[0-9a-f]"
+STATES = f"state_{'[0-9]' * 8}_{HEX * 16}.pt"
+HALF_WRITTEN = [f".{name}-{HEX * 8}.{suffix}" for name, suffix in
+                (("state_*", "pt"), ("samples_*", "png"), ("model", "safetensors"), ("config", "json"))]  # fmt: skip
+
+
 def save_state(folder, state, good=()):
     """Write state_STEP_HASH.pt atomically, then drop all states but it and the last one of `good`, known to be whole.
 
@@ -249,7 +256,7 @@ def save_state(folder, state, good=()):
     with atomic_path(path) as temporary:
         temporary.write_bytes(contents)
     good = [*[p for p in good if p != path][-1:], path]
-    for old in set(folder.glob("state_*.pt")) - set(good):
+    for old in set(folder.glob(STATES)) - set(good):
         old.unlink()
     return good
 
@@ -259,7 +266,7 @@ STATE_PARTS = {"config", "step", "losses", "model", "optimizer", "emas", "scaler
 
 def load_state(folder):
     """The newest undamaged state of a run folder and its path; None, None where there is none."""
-    for path in sorted(folder.glob("state_*.pt"), reverse=True):
+    for path in sorted(folder.glob(STATES), reverse=True):
         contents = path.read_bytes()
         if hashlib.sha256(contents).hexdigest()[:16] == path.stem.split("_")[-1]:
             try:
@@ -496,9 +503,9 @@ class Run:
         if self.world > 1:
             dist.barrier()  # rank 0 writes to the folder only when all have read it
         if self.rank == 0:
-            older = [p for p in sorted(self.out.glob("state_*.pt")) if path and p < path]
+            older = [p for p in sorted(self.out.glob(STATES)) if path and p < path]
             # what a kill left behind: files half written, an old state that was about to go
-            for leftover in (*self.out.glob(".*-????????.*"), *older[:-1]):
+            for leftover in (*(p for half in HALF_WRITTEN for p in self.out.glob(half)), *older[:-1]):
                 leftover.unlink()
         self.states, self.last_good = [], None
         if state is None:

@@ -477,8 +477,9 @@ def _load_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarray
     record = np.dtype([("file", "<i8"), ("image", "u1", (side, side, 3))])
     key = hashlib.sha256(os.fsencode(folder))
     for file in files:
-        status = file.stat()
-        key.update(_bytes_below(folder, file) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        with contextlib.suppress(OSError):  # a link to nowhere: left out, by name, when it is decoded
+            status = file.stat()
+            key.update(_bytes_below(folder, file) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     cache = CACHE / f"{folder.parent.name}-{folder.name}-{side}-{key.hexdigest()[:16]}.bin"
 
     def decode_to(stream) -> None:

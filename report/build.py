@@ -66,7 +66,7 @@ def run_notebooks(args):
     if unknown := [name for name in args.names if name not in known]:
         raise UserError(f"there is no notebook {unknown[0]}: choose from {', '.join(known)}")
     if not args.names:  # all figures are drawn again; what no notebook draws any more must not stay
-        for figure in FIGURES.glob("*.*"):
+        for figure in [path for record in FIGURES.glob("*.json") for path in FIGURES.glob(f"{record.stem}.*")]:
             figure.unlink()
     for path in paths:
         if not args.names or path.stem in args.names:

@@ -587,3 +587,10 @@ def test_a_checkpoint_from_the_command_line(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["images"] == 20 and result["variance"] == "posterior" and not result["clip"]
     assert result["sha256"] == evaluate.sha256(path)
+
+
+@pytest.mark.parametrize(("count", "classes"), [(3, None), (10, list("abcdefghij"))])
+def test_labels_of_other_classes_are_refused(count, classes):
+    config = {"data": {"image_size": 28} | ({"classes": classes} if classes else {}), "model": {"channels": 1, "num_classes": count}}
+    with pytest.raises(UserError, match="are not those of the model"):
+        evaluate.model_images(str(evaluate.ROOT / "data/fashion_mnist_sample"), config, 5)

@@ -767,3 +767,18 @@ def test_what_a_kill_left_is_cleared_away(tiny_data, tmp_path):
 def test_idx_is_what_the_other_tests_think_it_is(tmp_path):
     write_idx(tmp_path / "x", [[1, 2], [3, 4]])
     assert (tmp_path / "x").read_bytes() == bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 2, 1, 2, 3, 4])
+
+
+def test_files_of_others_in_the_run_folder_stay(tmp_path):
+    others = [".backup-20240101.tar", ".env-prod1234.json", "state_dict.pt", "state_1.pt"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".config-0123abcd.json").write_text("half written")
+    left = sorted(p.name for half in training.HALF_WRITTEN for p in tmp_path.glob(half))
+    assert left == [".config-0123abcd.json"]
+    first = training.save_state(tmp_path, {"step": 1})
+    (second,) = training.save_state(tmp_path, {"step": 2}, first)[-1:]
+    training.save_state(tmp_path, {"step": 3}, [second])
+    assert sorted(p.name for p in tmp_path.glob("state_*")) == sorted(
+        [p.name for p in tmp_path.glob(training.STATES)] + ["state_1.pt", "state_dict.pt"])
+    assert len(list(tmp_path.glob(training.STATES))) == 2 and all((tmp_path / name).read_text() == "mine" for name in others)

@@ -707,3 +707,11 @@ def test_fuzzed_sample_files_load_or_are_refused(fuzz_folder, content):
         assert images.dtype == np.uint8 and images.ndim == 4
     except UserError as error:
         assert "x.npz" in str(error)
+
+
+def test_a_link_to_nowhere_is_left_out(tmp_path, capsys):
+    for i in range(12):
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "z.png").symlink_to(tmp_path / "not there")
+    assert len(load_data(tmp_path, image_size=16)) + len(load_data(tmp_path, "test", image_size=16)) == 12
+    assert "z.png" in capsys.readouterr().err
