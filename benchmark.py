@@ -673,22 +673,22 @@ def quality_sampling(name, effort, folder):
 
 
 def quality_samplers(name, effort, folder):
-    """Frechet distance of one network's samples against the number of steps, by sampler: a quickly trained and the best one."""
-    n, rows = SHAPE_SAMPLES, []
-    for checkpoint in ("grid_cosine_l2", "fashion_mnist"):
-        if not have(checkpoint):
-            continue
-        path, points = ROOT / f"checkpoints/{checkpoint}.safetensors", {}
-        sha256 = evaluate.sha256(path)
-        for sampler, eta in (("ddpm", None), ("ddim", 0.0), ("dpm", 0.0), ("dpm", 1.0)):
-            for steps in (5, 10, 20, 50, 100) if sampler == "ddpm" else (5, 10, 20, 50):
-                cache = f"{checkpoint}_{sampler}_{eta}_{steps}_{sha256[:8]}"
-                images = sample_ours(cache, path, n, sampler=sampler, steps=steps, eta=eta)
-                kind = sampler if eta is None else f"{sampler}, eta = {eta:g}"
-                points.setdefault(kind, {})[steps] = distance(images)
-        rows.append({"name": f"{name}_{checkpoint}", "what": f"Frechet distance of {n:,} samples against the steps",
-                     "checkpoint": path.name, "sha256": sha256, "samplers": points})  # fmt: skip
-    return rows
+    """The samplers on a quickly trained network and on the best one."""
+    return [compare_samplers(name, checkpoint) for checkpoint in ("grid_cosine_l2", "fashion_mnist") if have(checkpoint)]
+
+
+def compare_samplers(name, checkpoint):
+    """Frechet distance of one network's samples against the number of steps, by sampler."""
+    path, n, points = ROOT / f"checkpoints/{checkpoint}.safetensors", SHAPE_SAMPLES, {}
+    sha256 = evaluate.sha256(path)
+    for sampler, eta in (("ddpm", None), ("ddim", 0.0), ("dpm", 0.0), ("dpm", 1.0)):
+        for steps in (5, 10, 20, 50, 100) if sampler == "ddpm" else (5, 10, 20, 50):
+            cache = f"{checkpoint}_{sampler}_{eta}_{steps}_{sha256[:8]}"
+            images = sample_ours(cache, path, n, sampler=sampler, steps=steps, eta=eta)
+            kind = sampler if eta is None else f"{sampler}, eta = {eta:g}"
+            points.setdefault(kind, {})[steps] = distance(images)
+    return {"name": f"{name}_{checkpoint}", "what": f"Frechet distance of {n:,} samples against the steps", "checkpoint": path.name,
+            "sha256": sha256, "samplers": points}  # fmt: skip
 
 
 def quality_guided(name, effort, folder):
