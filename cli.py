@@ -109,7 +109,7 @@ def add_sample_flags(parser, conditional):
     add("--sampler", choices=SAMPLERS, default="ddim", help="ddpm: ancestral; ddim; dpm: second order")
     add("--steps", type=positive, help="network evaluations per image (default: ddpm all T, ddim 50, dpm 20)")
     add("--eta", type=number(float, 0, 1), help="noise: 0 none, 1 as much as DDPM (default: ddim 0, dpm 1)")
-    add("--variance", choices=["posterior", "beta"], default="posterior", help="DDPM's noise")
+    add("--variance", choices=["posterior", "beta"], help="DDPM's noise (default: posterior)")
     add("--clip", action=argparse.BooleanOptionalAction, default=True, help="keep the predicted x0 within [-1, 1]")
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged or raw weights (default: averaged if there are)")
     if conditional:
@@ -127,8 +127,10 @@ def add_sample_flags(parser, conditional):
 def make_config(args, data):
     """The run's configuration, from the flags and the data; PatchUNet's shape is the script's but for the flags given."""
     channels = data.images.shape[1]
-    flags, shape = (SHAPE_FLAGS, args.shape) if args.model == "patch" else (["width"], {})
-    shape = shape | {flag: value for flag in flags if (value := getattr(args, flag)) is not None}
+    given = {flag: value for flag in SHAPE_FLAGS if (value := getattr(args, flag)) is not None}
+    if args.model == "course" and (useless := [flag for flag in given if flag != "width"]):
+        raise UserError(f"--model course has a shape of its own: leave {to_flag(useless[0], given[useless[0]])} out")
+    shape = (args.shape if args.model == "patch" else {}) | given
     model = {"name": MODELS[args.model], "channels": channels} | shape
     if args.conditional:
         if data.labels is None:
@@ -200,6 +202,11 @@ def run_sample(args):
     suffix = args.out.suffix
     if suffix not in (".png", ".gif", ".npz"):
         raise UserError(f"--out must end in .png, .gif or .npz, not {args.out.name!r}")
+    if args.sampler == "ddpm" and args.eta is not None:
+        raise UserError("--eta is for --sampler ddim or dpm: DDPM's noise is --variance posterior or beta")
+    if args.sampler != "ddpm" and args.variance:
+        raise UserError(f"--variance is for --sampler ddpm: {args.sampler}'s noise is --eta")
+    variance = args.variance or "posterior"
     weights = {None: None, True: "ema", False: "raw"}[args.ema]
     check_writable(args.out)
     device = pick_device(args.device)
@@ -213,11 +220,11 @@ def run_sample(args):
                         f"{'leave --labels none out' if model.num_classes else 'this checkpoint has no classes'}")  # fmt: skip
     shape = training.image_shape(model, config)
     options = {"seed": args.seed, "labels": labels, "cfg_scale": cfg_scale, "sampler": args.sampler,
-               "steps": args.steps, "eta": args.eta, "variance": args.variance, "clip": args.clip}  # fmt: skip
+               "steps": args.steps, "eta": args.eta, "variance": variance, "clip": args.clip}  # fmt: skip
     source = {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": config["weights"],
               "seed": args.seed, "cfg_scale": cfg_scale, "sampler": args.sampler, "eta": noise_level(args.sampler, args.eta),
               "steps": diffusion.step_count(args.sampler, args.steps), "clip": args.clip,
-              "variance": args.variance if args.sampler == "ddpm" else None,
+              "variance": variance if args.sampler == "ddpm" else None,
               "dtype": training.pick_precision(device)}  # fmt: skip
     columns = math.ceil(args.n**0.5)
     with training.autocast(device):

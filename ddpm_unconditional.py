@@ -65,10 +65,7 @@ def run_grid(args):
     names = args.only or list(GRID)
     if unknown := [name for name in names if name not in EXPERIMENTS]:
         raise UserError(f"no experiment is called {unknown[0]!r}: choose from {', '.join(EXPERIMENTS)}")
-    if args.schedule or args.loss:
-        raise UserError("the experiments have their own --schedule and --loss: choose some with --only")
-    if args.minutes and (long := [name for name in names if "epochs" in EXPERIMENTS[name]]):
-        raise UserError(f"{long[0]} is defined by its epochs: leave --minutes out, or this experiment")
+    check_free(args, names)
     for i, name in enumerate(names):
         folder = args.out / name
         say(f"{name} ({i + 1} of {len(names)})")
@@ -100,6 +97,16 @@ def run_grid(args):
         command = " ".join(["python ddpm_unconditional.py grid --publish --only", *(run["name"] for run in runs)])
         write_json(path, {"command": command, "runs": runs})
     print(f"wrote {args.out / 'grid.json'}: {len(results)} experiments")
+
+
+def check_free(args, names):
+    """Raise UserError for a flag that an experiment would override: what sets it apart from the others is its own."""
+    for name in names:
+        for flag, value in EXPERIMENTS[name].items():
+            if getattr(args, flag) not in (value, args.defaults[flag]):
+                raise UserError(f"{name} has its own --{flag}, {value}: leave --{flag} out, or choose others with --only")
+        if args.minutes and "epochs" in EXPERIMENTS[name]:
+            raise UserError(f"{name} is defined by its epochs: leave --minutes out, or this experiment")
 
 
 def is_finished(folder, device):
@@ -185,6 +192,8 @@ def main(argv=None):
     grid.add_argument("--publish", action="store_true", help="also write checkpoints/grid_* and report/results/grid.json")
     # 6 epochs of 60,000 images, of which the last is averaged (of 10, the second half)
     grid.set_defaults(run=run_grid, epochs=6, ema_start=2344, schedule=None, loss=None)
+    flags = {flag for experiment in EXPERIMENTS.values() for flag in experiment}
+    grid.set_defaults(defaults={flag: grid.get_default(flag) for flag in flags})
     args = parser.parse_args(argv)
     args.run(args)
 

@@ -191,7 +191,7 @@ def sampled(tmp_path):
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
 def test_image_i_whatever_the_number_and_the_batch(sampler, plain, sampled):
     """Up to rounding: a convolution may add up in another order in a batch of another size."""
-    flags = ["--checkpoint", plain, "--sampler", sampler, "--eta", 0.5]
+    flags = ["--checkpoint", plain, "--sampler", sampler, *([] if sampler == "ddpm" else ["--eta", 0.5])]
     images, _ = sampled(ddpm.main, *flags, "--n", 7)
     for other in (
         ["--n", 3],
@@ -420,6 +420,8 @@ def test_help(argv, capsys):
     (["--width", 0], "--width"),
     (["--mults", 1, 0], "--mults"),
     (["--model", "course", "--width", 6], "multiple of 4"),
+    (["--model", "course", "--mults", 1, 2], "a shape of its own: leave --mults 1 2 out"),
+    (["--model", "course", "--no-attention"], "leave --no-attention out"),
     (["--ema-beta", 1], "--ema-beta"),
     (["--image-size", 10], "--image-size that 4 divides"),
     (["--image-size", 0], "--image-size"),
@@ -514,6 +516,8 @@ def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused):
     (["--steps", 0], "--steps"),
     (["--sampler", "euler"], "invalid choice"),
     (["--eta", 1.5], "--eta"),
+    (["--sampler", "ddpm", "--eta", 1], "--eta is for --sampler ddim or dpm"),
+    (["--sampler", "dpm", "--variance", "beta"], "--variance is for --sampler ddpm"),
     (["--cfg-scale", -1], "--cfg-scale"),
     (["--cfg-scale", "nan"], "--cfg-scale"),
     (["--labels", "10"], "label 10 is out of range: this checkpoint has the classes 0 to 9"),
@@ -586,7 +590,10 @@ def test_bad_grid_and_sweep(plain, classes, tmp_path, refused, monkeypatch):
     flags = ["grid", "--out", tmp_path / "grid", "--only", "cosine_l4"]
     assert "no experiment is called 'cosine_l4'" in refused(ddpm_unconditional.main, *flags)
     flags[-1] = "linear_l2_10_epochs"
-    assert "their own --schedule and --loss" in refused(ddpm_unconditional.main, *flags, "--loss", "l1")
+    for flag, text in (("--loss", "l1"), ("--epochs", 3)):
+        assert f"linear_l2_10_epochs has its own {flag}" in refused(ddpm_unconditional.main, *flags, flag, text)
+    assert "has its own --seed, 1" in refused(ddpm_unconditional.main, *flags, "linear_l2_seed1", "--seed", 3)
+    assert "has its own --flip" in refused(ddpm_unconditional.main, *flags, "linear_l2_flip", "--no-flip")
     assert "is defined by its epochs" in refused(ddpm_unconditional.main, *flags, "--minutes", 5)
     flags = ["sweep", "--checkpoint", plain, "--out", tmp_path / "x.json"]
     assert "no classes" in refused(ddpm_conditional.main, *flags)
@@ -662,7 +669,7 @@ def test_samples_name_their_source(classes, tmp_path):
     assert (source["seed"], source["sampler"], source["steps"], source["eta"]) == (3, "ddim", 20, 0)
     assert source["weights"] == "ema_0.5"  # the run's first average
     assert (source["clip"], source["variance"]) == (True, None)
-    ddpm_flags = ["--sampler", "ddpm", "--steps", 2, "--eta", 0, "--variance", "beta", "--no-clip"]
+    ddpm_flags = ["--sampler", "ddpm", "--steps", 2, "--variance", "beta", "--no-clip"]
     run(ddpm_conditional.main, "sample", "--checkpoint", classes, "--n", 2, *ddpm_flags, "--out", tmp_path / "z.npz")
     source = utils.samples_source(tmp_path / "z.npz")
     assert (source["eta"], source["clip"], source["variance"]) == (None, False, "beta")  # DDPM has no eta
