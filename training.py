@@ -408,6 +408,8 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
     Raises UserError for bad input, KeyboardInterrupt once everything is saved after Ctrl-C or a termination request.
     """
     out = Path(out)
+    if not out.name:
+        raise UserError(f"a run needs a folder of its own, such as --out runs/NAME, not {str(out)!r}")
     with process_group(device) as (rank, world), contextlib.ExitStack() as stack:
         if config["train"]["batch_size"] % (world * accumulate):
             raise UserError(f"--batch-size {config['train']['batch_size']} must be a multiple of processes x "
@@ -637,7 +639,8 @@ class Run:
 
     def fix_length(self, minutes, step_seconds, bar):
         """--minutes: from the time that the first steps took, decide how many steps the run has, for good."""
-        steps = min(MAX_STEPS, max(self.step, round(60 * minutes / step_seconds)))
+        wanted = round(60 * minutes / step_seconds)
+        steps = min(MAX_STEPS, max(self.step, wanted))
         if self.world > 1:  # rank 0's clock decides
             agreed = torch.tensor(steps, device=self.device)
             dist.broadcast(agreed, 0)
@@ -647,7 +650,8 @@ class Run:
         bar.reset(total=steps)
         bar.update(self.step)
         if self.rank == 0:
-            say(f"{minutes:g} minutes are {steps} steps here")
+            fewer = f": {minutes:g} minutes would be fewer, but these had to be timed"
+            say(f"the run has {steps} steps{fewer}" if wanted < steps else f"{minutes:g} minutes are {steps} steps here")
             self.save()
         self.check_length()
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import secrets
+import signal
 import struct
 import sys
 import tempfile
@@ -46,8 +47,12 @@ class UserError(Exception):
 
 
 def command_line(main: Callable[[], int | None]) -> None:
-    """Run a script's main(): an expected error becomes one line on stderr and exit status 2 (130 for Ctrl-C)."""
+    """Run a script's main(): an expected error becomes one line on stderr and exit status 2 (130 for Ctrl-C).
+
+    A request to terminate ends it as an error does, with status 143: files half written are removed.
+    """
     status = 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         sys.exit(main())
     except UserError as error:
@@ -250,7 +255,7 @@ def load_data(name_or_path: str | Path, split: str = "train", image_size: int | 
                             "(or give it an archive you have with --from)")  # fmt: skip
         return _load_folder(folder, split, image_size or default_size, name, may_crop=name == "landscapes")
     folder = Path(name).expanduser().resolve()
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         known = ", ".join(["fashion_mnist", *FOLDERS])
         raise UserError(f"no data called {name!r}: it is neither a folder nor one of {known}")
     found = read_mnist_files(folder, split)
@@ -444,13 +449,21 @@ def _shorter_side(files: list[Path]) -> int:
     raise UserError(f"{files[0].parent} has no readable image")
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in 8-bit RGB: 16-bit greys are scaled down, and what is transparent lets white through."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def decode_image(path: Path, side: int) -> np.ndarray | None:
     """The centre square of an image file, antialiased to uint8 side x side x 3; None where it cannot be decoded."""
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            square = ImageOps.fit(upright, (side, side), Image.Resampling.BILINEAR)
+            square = ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (side, side), Image.Resampling.BILINEAR)
         return np.asarray(square)
     except MemoryError:
         raise

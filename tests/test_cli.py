@@ -484,6 +484,8 @@ def test_bad_data(kind, tmp_path, refused):
 def test_data_that_is_not_there(tmp_path, refused):
     message = refused(ddpm.main, "train", "--data", tmp_path / "nowhere", *TINY, "--out", tmp_path / "run")
     assert "neither a folder nor one of fashion_mnist, cifar10, cifar10-64, landscapes" in message
+    message = refused(ddpm.main, "train", "--data", "", *TINY, "--out", tmp_path / "run")
+    assert "no data called ''" in message  # not the current folder
 
 
 def test_conditional_training_needs_classes(tmp_path, refused):
@@ -493,7 +495,7 @@ def test_conditional_training_needs_classes(tmp_path, refused):
     assert "no labels, which a conditional model needs" in message
 
 
-def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused):
+def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused, monkeypatch):
     flags = ["train", "--data", idx_folder, *TINY]
     assert "holds a run already" in refused(ddpm.main, *flags, "--out", runs / "plain")
     assert "started with lr = 0.001, not 0.5" in refused(
@@ -506,6 +508,9 @@ def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused):
     for out in (tmp_path / "file", tmp_path / "file/run"):
         assert str(tmp_path / "file") in refused(ddpm.main, *flags, "--out", out)
     assert (tmp_path / "file").read_text() == "mine"
+    monkeypatch.chdir(tmp_path)
+    assert "a folder of its own" in refused(ddpm.main, *flags, "--out", "")  # not the current one
+    assert everything(tmp_path) == {tmp_path / "file": b"mine"}
 
 
 @pytest.mark.parametrize("flags, message", [

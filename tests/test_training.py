@@ -296,7 +296,11 @@ def test_minutes(tiny_data, tmp_path, monkeypatch, capsys):
     train(tiny_config(steps=None), tiny_data, tmp_path / "parts", resume=True, minutes=1)
     assert contents(tmp_path / "parts")[0] == contents(tmp_path / "whole")[0]
     train(tiny_config(steps=None), tiny_data, tmp_path / "whole", resume=True, minutes=2)
-    assert "fixed at 30 steps: --epochs makes it longer" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "fixed at 30 steps: --epochs makes it longer" in err and "1 minutes are 30 steps here" in err
+    train(tiny_config(steps=None), tiny_data, tmp_path / "short", minutes=0.5)  # as 15 steps would take
+    assert "the run has 20 steps: 0.5 minutes would be fewer" in capsys.readouterr().err
+    assert load_state(tmp_path / "short")[0]["step"] == 20
 
 
 def test_an_average_that_never_begins_is_told(tiny_data, tmp_path, capsys):

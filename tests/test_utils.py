@@ -5,6 +5,7 @@ import gzip
 import io
 import os
 import pickle
+import signal
 import socket
 import zlib
 
@@ -78,6 +79,18 @@ def test_expected_errors_become_one_line(error, status, words, capsys):
     assert exit.value.code == status
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and words in err
+
+
+def test_a_request_to_terminate_leaves_nothing_half_written(tmp_path):
+    def main():
+        with utils.atomic_path(tmp_path / "x.txt"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("it went on")
+
+    with pytest.raises(SystemExit) as exit:
+        utils.command_line(main)
+    assert exit.value.code == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bugs_keep_their_traceback():
@@ -491,6 +504,19 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     Image.new(mode, (10, 12)).save(path)
     assert utils.decode_image(path, 8).shape == (8, 8, 3)
+
+
+def test_16_bits_and_transparency(tmp_path):
+    """16-bit greys keep their brightness; a transparent picture shows white, whatever colours hide behind."""
+    grey = np.full((8, 8), 257 * 100, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.new("LA", (8, 8), (100, 255)).save(tmp_path / "opaque.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 127)).save(tmp_path / "half.png")
+    Image.new("P", (8, 8), 0).save(tmp_path / "palette.png", transparency=0)
+    expected = {"grey": 100, "opaque": 100, "clear": 255, "half": [255, 128, 128], "palette": 255}
+    for name, colour in expected.items():
+        assert (utils.decode_image(tmp_path / f"{name}.png", 8) == colour).all(), name
 
 
 def _png():
