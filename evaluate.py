@@ -41,6 +41,7 @@ from utils import (
     atomic_path,
     check_writable,
     command_line,
+    describe_folder,
     generator,
     load_data,
     load_samples,
@@ -173,7 +174,8 @@ def train_features(name: str, seed: int = 0) -> dict:
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, nesterov=True)
     epochs = [(cycle, i / cycle["epochs"]) for cycle in recipe["cycles"] for i in range(cycle["epochs"])]
     path = ROOT / f"runs/features_{Path(name).name}/state.pt"
-    identity = json.dumps([architecture, recipe, seed, len(train)])
+    folder = describe_folder(name)
+    identity = json.dumps([architecture, recipe, seed, len(train), folder])
     history: list[dict] = []
     if path.exists():
         try:
@@ -197,8 +199,8 @@ def train_features(name: str, seed: int = 0) -> dict:
                         "history": history}, state)  # fmt: skip
             temporary.write_bytes(state.getbuffer())
     net.half().float()  # from here on exactly what the file will hold
-    facts = {"data": name, "test_accuracy": accuracy(net, test), "architecture": architecture, "recipe": recipe,
-             "precision": pick_precision("cpu"), "seed": seed, "classes": train.classes, "history": history}  # fmt: skip
+    facts = {"data": name, "folder": folder, "test_accuracy": accuracy(net, test), "architecture": architecture,
+             "recipe": recipe, "precision": pick_precision("cpu"), "seed": seed, "classes": train.classes, "history": history}  # fmt: skip
     reference = make_reference(net, train, test)
     weights = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
     save_tensors(checkpoint_path("features", name), weights, facts)
@@ -292,6 +294,9 @@ def load_features(name: str | Path) -> FeatureNet:
         net.load_state_dict(weights)
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} does not fit the network: {hint}") from error
+    if (here := describe_folder(name)) != (there := config.get("folder")) and here:
+        raise UserError(f"{path} is of another folder of that name ({there or 'unknown'}; here {here}): rename this one, or "
+                        f"run `python evaluate.py train-features {name}`")  # fmt: skip
     net = net.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)
     net.name, net.sha256 = Path(name).name, sha256(path)
     net.classes, net.test_accuracy = config["classes"], config["test_accuracy"]

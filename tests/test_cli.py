@@ -101,7 +101,7 @@ def test_train_flags(flags, section, expected, idx_folder, tmp_path):
     assert model.num_classes == 10
 
 
-def test_train_on_class_folders(tmp_path):
+def test_train_on_class_folders(tmp_path, refused):
     """Any ImageFolder layout: colour photographs, larger than the training images."""
     rng = np.random.default_rng(0)
     for name in ("cats", "dogs"):
@@ -114,6 +114,9 @@ def test_train_on_class_folders(tmp_path):
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["data"]["classes"] == ["cats", "dogs"] and config["data"]["flip"] is True
     assert config["model"] | {"channels": 3, "num_classes": 2} == config["model"]
+    (tmp_path / "photos/train/cats/5.jpg").write_bytes((tmp_path / "photos/train/dogs/5.jpg").read_bytes())
+    message = refused(ddpm_conditional.main, "train", *flags, "--out", tmp_path / "run", "--resume")
+    assert "started with folder = 12 files, " in message  # the same names, but another image
 
 
 def test_the_published_commands_train_the_published_networks(monkeypatch):

@@ -334,6 +334,24 @@ def test_a_folder_called_like_built_in_data_is_not_taken_for_it(use, tmp_path):
         use(tmp_path / "cifar10")
 
 
+def test_another_folder_of_the_same_name_is_not_taken_for_the_classifiers(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
+    cycle = {"epochs": 1, "learning_rate": 0.1, "weight_decay": 0, "shift": 0, "flip": False}
+    recipe = {"widths": [4], "depths": [], "batch_size": 4, "cycles": [cycle]}
+    monkeypatch.setitem(evaluate.RECIPES, str(tmp_path / "a/photos"), evaluate.DEFAULT_RECIPE | recipe)
+    for side, count in ("a", 20), ("b", 21), ("moved", 20):
+        for i in range(count):
+            path = tmp_path / side / "photos" / ("cats" if i % 2 else "dogs") / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (12 * i, 100, 100)).save(path)
+    evaluate.train_features(str(tmp_path / "a/photos"))
+    assert evaluate.load_features(tmp_path / "a/photos").classes == ["cats", "dogs"]
+    assert evaluate.load_features(tmp_path / "moved/photos").classes == ["cats", "dogs"]
+    with pytest.raises(UserError, match="another folder of that name .20 files, .*; here 21 files, "):
+        evaluate.load_features(tmp_path / "b/photos")
+
+
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """A project folder whose data set `toy` is easy: class 1 is bright on the left, class 0 on the right."""

@@ -445,6 +445,17 @@ def test_named_folders_have_their_own_settings(tmp_path, monkeypatch):
     }
 
 
+def test_a_folder_is_known_by_its_files_wherever_it_lies(tmp_path):
+    a, b = (class_folder(tmp_path / side / "photos", {"cats": 3, "dogs": 2}) for side in "ab")
+    assert utils.describe_folder(a) == utils.describe_folder(b)
+    assert utils.describe_folder(a).startswith("5 files, ")
+    (a / ".hidden").write_text("passed over")
+    assert utils.describe_folder(a) == utils.describe_folder(b)
+    picture(b / "dogs/000.png", (33, 32))
+    assert utils.describe_folder(a) != utils.describe_folder(b)
+    assert utils.describe_folder("cifar10") is utils.describe_folder(tmp_path / "nowhere") is None
+
+
 def test_images_are_decoded_once(tmp_path, monkeypatch):
     class_folder(tmp_path, {"a": 5})
     first = load_data(tmp_path).images.clone()
