@@ -12,10 +12,12 @@ cd "$(dirname "$0")"
 stage() { printf '\n== %s\n' "$*"; }
 fail() { printf 'run.sh: error: %s\n' "$*" >&2; exit 2; }
 
+new_enough='import sys; sys.exit(sys.version_info < (3, 10))'
+
 find_python() {
     local candidate
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python}; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        if "$candidate" -c "$new_enough" 2>/dev/null; then
             echo "$candidate"
             return
         fi
@@ -38,6 +40,8 @@ install() {
 setup() {
     stage "Python environment in .venv"
     if .venv/bin/python -c '' 2>/dev/null; then
+        .venv/bin/python -c "$new_enough" ||
+            fail "the Python of .venv is older than 3.10: move .venv away, then run this again"
         # half made, or made by a tool that puts no pip in: it may hold what you installed, so it stays
         .venv/bin/python -c 'import pip' 2>/dev/null || .venv/bin/python -m ensurepip ||
             fail ".venv has no pip and cannot get one: move it away, then run this again"
