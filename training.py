@@ -286,14 +286,20 @@ class Held(UserError):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold the run folder's lock; a second process that wants it is refused."""
+    """Hold the run folder's lock; a second process that wants it is refused. A new folder that stays empty goes again."""
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Held(f"another process is training in {folder}: wait for it, or use another --out") from error
-        yield
+        try:
+            yield
+        finally:
+            if new and os.listdir(folder) == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 
 @contextlib.contextmanager
