@@ -144,13 +144,19 @@ def show(picture):
     display(Image.fromarray(picture))
 
 
+def two_lines(name):
+    """A class's name, broken where it can be: columns are narrow."""
+    return name.replace(" ", "\n").replace("/", "/\n").replace("automobile", "auto-\nmobile")
+
+
 def labelled_rows(rows, column_labels=None, scale=4, width=TEXT_WIDTH, gap=1):
     """A figure whose rows are named lists of images (all of one size and number): {"EMA": N x C x H x W, ...}."""
     images = [as_uint8(row) for row in rows.values()]
     count, (channels, height, side) = len(images[0]), images[0].shape[1:]
     grid = pixels(torch.cat([row.expand(-1, 3, -1, -1) if channels == 1 else row for row in images]), count, scale, gap)
     label_room = 0.073 * max(len(part) for name in rows for part in name.split("\n")) + 0.1
-    label_height = 0.23 if column_labels is not None else 0.02
+    labels = list(column_labels) if column_labels is not None else []
+    label_height = 0.02 + (0.05 + 0.16 * max(1 + label.count("\n") for label in labels) if labels else 0)
     picture_width = width - label_room
     picture_height = picture_width * grid.shape[0] / grid.shape[1]
     total = picture_height + label_height
@@ -162,8 +168,7 @@ def labelled_rows(rows, column_labels=None, scale=4, width=TEXT_WIDTH, gap=1):
     axes.tick_params(length=0, pad=2)
     axes.xaxis.tick_top()
     pitch_x, pitch_y = (side + gap) * scale, (height + gap) * scale
-    labels = list(column_labels) if column_labels is not None else []
-    longest = max(map(len, labels), default=1)
+    longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
     font_size = min(plt.rcParams["font.size"], 72 * picture_width / count / (0.6 * longest))  # so that labels do not touch
     axes.set_xticks([gap * scale / 2 + (i + 0.5) * pitch_x for i in range(len(labels))], labels, fontsize=font_size)
     axes.set_yticks([gap * scale / 2 + (i + 0.5) * pitch_y for i in range(len(rows))], list(rows))
