@@ -10,6 +10,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -446,7 +447,8 @@ def describe_folder(name_or_path: str | Path) -> str | None:
     if str(name_or_path) in ("fashion_mnist", *FOLDERS) or not folder.is_dir():
         return None
     key, count = hashlib.sha256(), 0
-    for parent, folders, names in os.walk(folder):
+    parts = [folder / "train", folder / "test"] if (folder / "train").is_dir() else [folder]
+    for parent, folders, names in itertools.chain.from_iterable(map(os.walk, parts)):
         folders[:] = visible(folders)
         for file in (Path(parent, entry) for entry in visible(names)):
             with contextlib.suppress(OSError):  # a link to nowhere

@@ -451,6 +451,10 @@ def test_a_folder_is_known_by_its_files_wherever_it_lies(tmp_path):
     assert utils.describe_folder(a).startswith("5 files, ")
     (a / ".hidden").write_text("passed over")
     assert utils.describe_folder(a) == utils.describe_folder(b)
+    class_folder(tmp_path / "split/train", {"cats": 3, "dogs": 2})
+    split = utils.describe_folder(tmp_path / "split")
+    picture(tmp_path / "split/elsewhere/000.png")  # neither train nor test
+    assert utils.describe_folder(tmp_path / "split") == split != utils.describe_folder(a)
     picture(b / "dogs/000.png", (33, 32))
     assert utils.describe_folder(a) != utils.describe_folder(b)
     assert utils.describe_folder("cifar10") is utils.describe_folder(tmp_path / "nowhere") is None
