@@ -31,7 +31,7 @@ def quality_cells(q):
     labels = q.get("labels")
     precision, recall = (q[name] + 1e-9 for name in ("precision", "recall"))  # 0.835 becomes 0.84, as in the report
     return [f"{q['frechet_distance']:.3f}", f"{interval[0]:.3f} to {interval[1]:.3f}", f"{precision:.2f}", f"{recall:.2f}",
-            f"{labels['agreement']:.1%}" if labels else "", f"{q['samples']:,}"]  # fmt: skip
+            f"{labels['agreement'] + 1e-9:.1%}" if labels else "", f"{q['samples']:,}"]  # fmt: skip
 
 
 def results_table():
