@@ -348,6 +348,8 @@ def process_group(device="auto"):
         kind = pick_device(device)
         if int(os.environ["WORLD_SIZE"]) > 1 and (kind.type not in ("cpu", "cuda") or kind.index is not None):
             raise UserError("several processes need --device cpu, or --device cuda for a GPU each")
+        # Whoever waits for a process that has failed, in C++, would not notice torchrun's request to end in Python.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # Imported later (DistributedDataParallel does), it keeps the group as a default argument: destroy_process_group
         # then leaves gloo's threads behind, and one that frees a tensor while Python shuts down aborts the process.
         importlib.import_module("torch.distributed.nn")
@@ -434,6 +436,8 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
             run = Run(config, data, out, device, rank, world, resume, init)
             run.loop(stop_requested, minutes, sample_every, compile, accumulate)
         except (MemoryError, RuntimeError) as error:
+            if world > 1 and "closed by peer" in str(error):
+                raise UserError("another process has failed: see its message") from error
             if compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise UserError("torch.compile does not work here (has this machine a C++ compiler?): leave --compile "
                                 "out") from error  # fmt: skip

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -417,6 +418,44 @@ def test_two_processes_are_one(tiny_data, tmp_path, stop_after, monkeypatch):
         assert len(list((tmp_path / name).glob("state_*.pt"))) == 2 and no_leftovers(tmp_path / name)
     assert done.stdout.count("held") == 2  # every process is told, or some would train what the others skip
     assert done.stdout.count("left []") == 2  # a thread of gloo's that outlives the group may abort the process
+
+
+FAILING = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+from conftest import tiny_config
+import training, utils
+
+def train(step):
+    data = utils.ImageData(**torch.load({data!r}, weights_only=False))
+    if os.environ["RANK"] == "1":
+        if step is None:
+            raise utils.UserError("it broke")
+        work = training.Run.train_step
+        def train_step(self, *args):
+            if self.step == step:
+                raise utils.UserError("it broke")
+            return work(self, *args)
+        training.Run.train_step = train_step
+    training.train(tiny_config(), data, {out!r}, device="cpu", sample_every=0)
+
+utils.command_line(lambda: train({step}))
+"""
+
+
+@pytest.mark.parametrize("step", [None, 5])
+def test_a_process_that_fails_alone(step, tiny_data, tmp_path):
+    """Its message is all there is to read, and the others end, where they wait for it to begin or to go on."""
+    torch.save(vars(tiny_data), tmp_path / "data.pt")
+    names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "data": str(tmp_path / "data.pt"), "out": str(tmp_path / "run")}
+    (tmp_path / "worker.py").write_text(FAILING.format(step=step, **names))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "worker.py"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200)
+    assert done.returncode != 0 and done.stderr.count("error: it broke") == 1
+    assert "[rank0]: Traceback" not in done.stderr
+    codes = dict(re.findall(r"rank +: (\d).*\n +exitcode +: (-?\d+)", done.stderr))
+    assert codes["1"] == "2" and codes.get("0") != f"{-signal.SIGKILL:d}"  # killed: it did not end when it was asked to
 
 
 def test_one_variable_is_not_torchrun(monkeypatch):
