@@ -660,8 +660,10 @@ class Run:
         bar.reset(total=steps)
         bar.update(self.step)
         if self.rank == 0:
-            fewer = f": {minutes:g} minutes would be fewer, but these had to be timed"
-            say(f"the run has {steps} steps{fewer}" if wanted < steps else f"{minutes:g} minutes are {steps} steps here")
+            if wanted < steps:
+                say(f"the run has {steps} steps: {minutes:g} minutes would be fewer, but these had to be timed")
+            else:
+                say(f"{minutes:g} minutes are {steps} steps here")
             self.save()
         self.check_length()
 

@@ -429,9 +429,7 @@ def list_images(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     files, labels = [], []
     for label, name in enumerate(classes):
         before = len(files)
-        for parent, folders, names in os.walk(folder / name):
-            folders[:] = visible(folders)
-            files += [Path(parent, entry) for entry in visible(names)]
+        files += _files_below(folder / name)
         if len(files) == before:
             raise UserError(f"the class folder {folder / name} is empty: fill it or delete it")
         labels += [label] * (len(files) - before)
@@ -446,15 +444,24 @@ def describe_folder(name_or_path: str | Path) -> str | None:
     folder = Path(name_or_path).expanduser().resolve()
     if str(name_or_path) in ("fashion_mnist", *FOLDERS) or not folder.is_dir():
         return None
-    key, count = hashlib.sha256(), 0
     parts = [folder / "train", folder / "test"] if (folder / "train").is_dir() else [folder]
-    for parent, folders, names in itertools.chain.from_iterable(map(os.walk, parts)):
+    files = itertools.chain.from_iterable(map(_files_below, parts))
+    facts = [name + f"\0{status.st_size}\n".encode() for name, status in _file_facts(folder, files)]
+    return f"{len(facts)} files, {hashlib.sha256(b''.join(facts)).hexdigest()[:16]}"
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and its folders but the hidden ones, always in the same order."""
+    for parent, folders, names in os.walk(folder):
         folders[:] = visible(folders)
-        for file in (Path(parent, entry) for entry in visible(names)):
-            with contextlib.suppress(OSError):  # a link to nowhere
-                key.update(_bytes_below(folder, file) + f"\0{file.stat().st_size}\n".encode())
-                count += 1
-    return f"{count} files, {key.hexdigest()[:16]}"
+        yield from (Path(parent, entry) for entry in visible(names))
+
+
+def _file_facts(folder: Path, files: Iterable[Path]) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Each file's path below the folder, and its size and times. A link to nowhere has none, and is passed over."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            yield _bytes_below(folder, file), file.stat()
 
 
 def _bytes_below(folder: Path, file: Path) -> bytes:
@@ -509,10 +516,8 @@ def _load_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarray
     """
     record = np.dtype([("file", "<i8"), ("image", "u1", (side, side, 3))])
     key = hashlib.sha256(os.fsencode(folder))
-    for file in files:
-        with contextlib.suppress(OSError):  # a link to nowhere: left out, by name, when it is decoded
-            status = file.stat()
-            key.update(_bytes_below(folder, file) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    for name, status in _file_facts(folder, files):
+        key.update(name + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     cache = CACHE / f"{folder.parent.name}-{folder.name}-{side}-{key.hexdigest()[:16]}.bin"
 
     def decode_to(stream) -> None:
