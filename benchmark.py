@@ -38,13 +38,28 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import evaluate
+import image_data
 import modules
 import training
 import utils
 from ddpm import Diffusion, beta_schedule
 from ddpm_unconditional import SHAPE
+from image_data import augment, load_data
 from modules import Attention, SelfAttention
-from utils import ROOT, ArgumentParser, UserError, check_writable, generator, load_data, pick_device, say, write_json
+from utils import (
+    PRECISIONS,
+    ROOT,
+    ArgumentParser,
+    UserError,
+    autocast,
+    check_writable,
+    generator,
+    pick_device,
+    pick_precision,
+    say,
+    write_json,
+)
+from weights import build_model, image_shape, load_checkpoint, read_checkpoint
 
 TIMESTEPS = 1000  # of the models that are trained and sampled here; the plain unconditional sampler has 200
 FAST_STEPS, GUIDED_STEPS = 10, 10  # our second-order sampler's
@@ -57,8 +72,15 @@ DEFAULT = POINT_1 | SHAPE
 CONDITIONAL = POINT_1 | {"patch": 1, "width": 20, "mults": [1, 2, 4], "num_classes": 10}  # fashion_mnist_conditional's
 COURSE = {"name": "UNet_conditional", "channels": 3, "num_classes": 10}
 # a ConvNeXt network of the size of The Annotated Diffusion Model's
-CONVNEXT = {"name": "PatchUNet", "channels": 1, "width": 28, "mults": [1, 2, 4], "depth": 2, "patch": 1,
-            "block": "convnext"}  # fmt: skip
+CONVNEXT = {
+    "name": "PatchUNet",
+    "channels": 1,
+    "width": 28,
+    "mults": [1, 2, 4],
+    "depth": 2,
+    "patch": 1,
+    "block": "convnext",
+}
 
 # The experiments' network, and what it could have been: 28x28 images leave room for two levels on blocks of 2x2 pixels, for
 # three on single ones
@@ -72,8 +94,18 @@ SHAPES = {
     "single pixels, width 16, three levels": {"patch": 1, "width": 16, "mults": [1, 2, 4]},
     "single pixels, width 20, three levels": {"patch": 1, "width": 20, "mults": [1, 2, 4]},
     "single pixels, width 24, three levels": {"patch": 1, "width": 24, "mults": [1, 2, 4]},
-    "single pixels, width 20, without linear attention": {"patch": 1, "width": 20, "mults": [1, 2, 4], "attention": False},
-    "single pixels, width 32, without linear attention": {"patch": 1, "width": 32, "mults": [1, 2, 4], "attention": False},
+    "single pixels, width 20, without linear attention": {
+        "patch": 1,
+        "width": 20,
+        "mults": [1, 2, 4],
+        "attention": False,
+    },
+    "single pixels, width 32, without linear attention": {
+        "patch": 1,
+        "width": 32,
+        "mults": [1, 2, 4],
+        "attention": False,
+    },
     "single pixels, widths 16, 64, 64, without linear attention (the default)": SHAPE,
 }
 SHAPE_MINUTES = 2
@@ -98,7 +130,7 @@ def course_attention(layer, x):
 
 def plain_network(config):
     """The same network, parameters and mathematics, with every attention matrix stored."""
-    model = training.build_model(config)
+    model = build_model(config)
     for layer in model.modules():
         if type(layer) is Attention:
             layer.attend = stored_attention
@@ -231,16 +263,26 @@ def our_config(model, image_size, batch_size):
         "model": dict(model),
         "diffusion": {"timesteps": TIMESTEPS, "schedule": "linear", "objective": "simple"},
         "data": {"image_size": image_size},
-        "train": {"loss": "huber", "steps": None, "batch_size": batch_size, "lr": 1e-3, "optimizer": "adam", "seed": 0,
-                  "precision": None, "ema_betas": [EMA_BETA], "ema_start": 0, "p_uncond": P_UNCOND,
-                  "label_dropout": "example"},
-    }  # fmt: skip
+        "train": {
+            "loss": "huber",
+            "steps": None,
+            "batch_size": batch_size,
+            "lr": 1e-3,
+            "optimizer": "adam",
+            "seed": 0,
+            "precision": None,
+            "ema_betas": [EMA_BETA],
+            "ema_start": 0,
+            "p_uncond": P_UNCOND,
+            "label_dropout": "example",
+        },
+    }
 
 
 def our_data(source, image_size):
     """As the scripts load it; photographs are decoded into a temporary cache."""
     if source != "fashion_mnist":
-        utils.CACHE = Path(source).parent / "cache"
+        image_data.CACHE = Path(source).parent / "cache"
         return load_data(source, image_size=image_size)
     data = load_data(source)
     if image_size != 28:  # for the growth with the image's size alone
@@ -297,7 +339,7 @@ def our_training_without(choice, model, source, image_size, batch_size):
 def matrix_product(size):
     """The machine's peak, in the precision that training uses here."""
     device = pick_device()
-    dtype = training.PRECISIONS[training.pick_precision(device)]
+    dtype = PRECISIONS[pick_precision(device)]
     a, b = torch.randn(2, size, size).to(device, dtype)
     return lambda: a @ b
 
@@ -314,13 +356,13 @@ def plain_sampling(model, image_size, n, timesteps, total, cfg_scale=0.0):
 
 def our_sampling(model, image_size, n, steps, cfg_scale=0.0):
     device = pick_device()
-    net = training.build_model(model).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    net = build_model(model).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     diffusion = Diffusion(TIMESTEPS, "cosine").to(device)
     labels = torch.arange(n) % model["num_classes"] if cfg_scale else None
     shape = (model["channels"], image_size, image_size)
 
     def sample():
-        with training.autocast(device):
+        with autocast(device):
             return diffusion.sample(net, n, shape, labels=labels, cfg_scale=cfg_scale, sampler="dpm", steps=steps)
 
     return sample
@@ -337,7 +379,7 @@ def our_batches(source, image_size, batch_size):
     def batch():
         step = next(steps)
         index = training.draw_indices(0, step, batch_size, len(data))
-        return utils.augment(data, index, generator(0, 1, step))
+        return augment(data, index, generator(0, 1, step))
 
     return batch
 
@@ -395,8 +437,9 @@ class Side:
         try:
             answer = self.pipe.recv()
         except EOFError:
-            raise UserError("a measuring process has died, most likely of too little memory: leave that row out "
-                            "with --only") from None  # fmt: skip
+            raise UserError(
+                "a measuring process has died, most likely of too little memory: leave that row out with --only"
+            ) from None
         if isinstance(answer, UserError):
             raise answer
         return answer
@@ -467,13 +510,26 @@ def compare_training(name, effort, folder, what, model, image_size, batch_size, 
 
     return [
         table_row(name, what, "steps/s", *([1 / s for s in seconds[side]] for side in ("plain", "ours"))),
-        table_row(f"{name}_memory", "  peak memory", "GB", [plain["work"]], [ours["work"]], True,
-                  note="beyond the interpreter and its libraries; "
-                       f"with them {plain['process']:.2f} and {ours['process']:.2f} GB"),
-        table_row(f"{name}_share", "  share of the matrix-product peak", "%", share("plain"), share("ours"),
-                  note=f"peak: {2e-9 * size**3 / statistics.median(seconds['peak']):.0f} GFLOP/s in the same run, by a "
-                       f"{size}^3 product in {training.pick_precision(pick_device())}"),
-    ]  # fmt: skip
+        table_row(
+            f"{name}_memory",
+            "  peak memory",
+            "GB",
+            [plain["work"]],
+            [ours["work"]],
+            True,
+            note="beyond the interpreter and its libraries; "
+            f"with them {plain['process']:.2f} and {ours['process']:.2f} GB",
+        ),
+        table_row(
+            f"{name}_share",
+            "  share of the matrix-product peak",
+            "%",
+            share("plain"),
+            share("ours"),
+            note=f"peak: {2e-9 * size**3 / statistics.median(seconds['peak']):.0f} GFLOP/s in the same run, by a "
+            f"{size}^3 product in {pick_precision(pick_device())}",
+        ),
+    ]
 
 
 def compare_sampling(name, effort, folder):
@@ -496,8 +552,10 @@ def compare_guided(name, effort, folder):
     }
     seconds, _ = take_turns(works, effort)
     plain = [s * total / measured for s in seconds["plain"]]
-    note = (f"plain: {total} steps of two passes, extrapolated from {measured} measured ones; "
-            f"ours: {GUIDED_STEPS} steps of one pass, all measured")  # fmt: skip
+    note = (
+        f"plain: {total} steps of two passes, extrapolated from {measured} measured ones; "
+        f"ours: {GUIDED_STEPS} steps of one pass, all measured"
+    )
     return [table_row(name, f"sampling {n} guided images, 28x28", "s", plain, seconds["ours"], True, note)]
 
 
@@ -547,10 +605,22 @@ def time_processes(folder, effort, settings):
             call = f"import benchmark; benchmark.time_one_process({settings!r}, {str(out)!r}, {effort['steps']})"
             threads = max(1, torch.get_num_threads() // processes)
             result = subprocess.run(
-                [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                 "--no-python", sys.executable, "-c", call],
-                cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True,
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc-per-node={processes}",
+                    "--no-python",
+                    sys.executable,
+                    "-c",
+                    call,
+                ],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                capture_output=True,
+                text=True,
+            )
             if result.returncode:
                 reason = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
                 raise UserError(f"torchrun with {processes} processes failed: {reason}")
@@ -593,8 +663,11 @@ def cached_samples(name, n, sample_batch, batch_size=500):
 
 def distance(images):
     result = evaluate.evaluate_samples(images, data_name="fashion_mnist")
-    return {"frechet_distance": result["frechet_distance"], "interval_95": result["frechet_bootstrap"]["interval_95"],
-            "samples": len(images)}  # fmt: skip
+    return {
+        "frechet_distance": result["frechet_distance"],
+        "interval_95": result["frechet_bootstrap"]["interval_95"],
+        "samples": len(images),
+    }
 
 
 def labels_of(indices, net):
@@ -605,12 +678,14 @@ def labels_of(indices, net):
 def sample_ours(name, path, n, weights=None, precision=None, **options):
     """n samples of a checkpoint by `Diffusion.sample`, cached under `name`."""
     device = pick_device()
-    net, diffusion, config = training.load_checkpoint(path, weights, device)
-    shape = training.image_shape(net, config)
+    net, diffusion, config = load_checkpoint(path, weights, device)
+    shape = image_shape(net, config)
 
     def sample_batch(indices):
-        with training.autocast(device, precision):
-            return diffusion.sample(net, len(indices), shape, labels=labels_of(indices, net), seed=indices[0], **options)
+        with autocast(device, precision):
+            return diffusion.sample(
+                net, len(indices), shape, labels=labels_of(indices, net), seed=indices[0], **options
+            )
 
     return cached_samples(name, n, sample_batch)
 
@@ -618,17 +693,19 @@ def sample_ours(name, path, n, weights=None, precision=None, **options):
 def sample_plain(name, path, n, cfg_scale, first):
     """n samples of a checkpoint in the plain way, by the steps T - 1 to first + 1, cached under `name`."""
     device = pick_device()
-    net, diffusion, config = training.load_checkpoint(path, device=device)
+    net, diffusion, config = load_checkpoint(path, device=device)
     plain = plain_network(config["model"])
     plain.load_state_dict(net.state_dict())
     plain = plain.to(device).eval()
 
     def sample_batch(indices):
         torch.manual_seed(indices[0])
-        x = torch.randn(len(indices), *training.image_shape(net, config)).to(device)
+        x = torch.randn(len(indices), *image_shape(net, config)).to(device)
         labels = labels_of(indices, net)
         labels = None if labels is None else labels.to(device)
-        return plain_sample(plain, x, diffusion.betas, range(diffusion.timesteps - 1, first, -1), labels, cfg_scale).cpu()
+        return plain_sample(
+            plain, x, diffusion.betas, range(diffusion.timesteps - 1, first, -1), labels, cfg_scale
+        ).cpu()
 
     return cached_samples(name, n, sample_batch)
 
@@ -637,7 +714,7 @@ def sample_checkpoint(kind, name, n, steps=None, cfg_scale=0.0, first=-1):
     """Frechet distance of n samples of checkpoints/NAME; "plain" takes the steps T-1 to first + 1, "ours" `steps`."""
     path = ROOT / f"checkpoints/{name}.safetensors"
     sha256 = evaluate.sha256(path)
-    steps = steps or training.read_checkpoint(path)[1]["diffusion"]["timesteps"] - 1 - first
+    steps = steps or read_checkpoint(path)[1]["diffusion"]["timesteps"] - 1 - first
     cache = f"{name}_{kind}_{steps}_{cfg_scale:g}_{sha256[:8]}"
     if kind == "plain":
         images = sample_plain(cache, path, n, cfg_scale, first)
@@ -674,7 +751,9 @@ def quality_sampling(name, effort, folder):
 
 def quality_samplers(name, effort, folder):
     """The samplers on a quickly trained network and on the best one."""
-    return [compare_samplers(name, checkpoint) for checkpoint in ("grid_cosine_l2", "fashion_mnist") if have(checkpoint)]
+    return [
+        compare_samplers(name, checkpoint) for checkpoint in ("grid_cosine_l2", "fashion_mnist") if have(checkpoint)
+    ]
 
 
 def compare_samplers(name, checkpoint):
@@ -687,8 +766,13 @@ def compare_samplers(name, checkpoint):
             images = sample_ours(cache, path, n, sampler=sampler, steps=steps, eta=eta)
             kind = sampler if eta is None else f"{sampler}, eta = {eta:g}"
             points.setdefault(kind, {})[steps] = distance(images)
-    return {"name": f"{name}_{checkpoint}", "what": f"Frechet distance of {n:,} samples against the steps", "checkpoint": path.name,
-            "sha256": sha256, "samplers": points}  # fmt: skip
+    return {
+        "name": f"{name}_{checkpoint}",
+        "what": f"Frechet distance of {n:,} samples against the steps",
+        "checkpoint": path.name,
+        "sha256": sha256,
+        "samplers": points,
+    }
 
 
 def quality_guided(name, effort, folder):
@@ -707,8 +791,9 @@ def train_and_measure(name, config, data, kind):
     if result.exists():
         return json.loads(result.read_text())
     path = training.train(copy.deepcopy(config), data, QUALITY_RUNS / name, resume=True)
-    images = sample_ours(f"{name}/samples_{steps}", path, SHAPE_SAMPLES, kind, config["train"]["precision"],
-                         sampler="dpm", steps=20)  # fmt: skip
+    images = sample_ours(
+        f"{name}/samples_{steps}", path, SHAPE_SAMPLES, kind, config["train"]["precision"], sampler="dpm", steps=20
+    )
     write_json(result, distance(images))
     return json.loads(result.read_text())
 
@@ -749,8 +834,10 @@ def quality_minutes(name, effort, folder):
     plain = [s * baseline["train"]["steps"] / 60 for s in seconds["plain"]]
     ours = [s * steps / 60 for s in seconds["ours"]]
     what = f"minutes of training to a Frechet distance of {target['frechet_distance']:.2f}"
-    note = (f"plain: {baseline['train']['steps']} steps; ours: {steps} steps to {reached['frechet_distance']:.2f}; "
-            "both sampled with 20 dpm steps")  # fmt: skip
+    note = (
+        f"plain: {baseline['train']['steps']} steps; ours: {steps} steps to {reached['frechet_distance']:.2f}; "
+        "both sampled with 20 dpm steps"
+    )
     details = {"plain": target | {"steps": baseline["train"]["steps"]}, "ours": reached | {"steps": steps}}
     return [table_row(name, what, "min", plain, ours, True, note) | {"details": details}]
 
@@ -769,17 +856,30 @@ def quality_shapes(name, effort, folder):
         step_seconds = statistics.median(seconds[shape])
         config["train"] |= {"loss": "l2", "steps": round(60 * SHAPE_MINUTES / step_seconds), "ema_start": 100}
         reached = train_and_measure(f"shape_{i}", config, data, "ema")
-        parameters = sum(p.numel() for p in training.build_model(POINT_1 | model).parameters())
-        shapes.append({"shape": shape, "parameters": parameters, "images_per_second": batch_size / step_seconds,
-                       "steps": config["train"]["steps"], **reached})  # fmt: skip
+        parameters = sum(p.numel() for p in build_model(POINT_1 | model).parameters())
+        shapes.append(
+            {
+                "shape": shape,
+                "parameters": parameters,
+                "images_per_second": batch_size / step_seconds,
+                "steps": config["train"]["steps"],
+                **reached,
+            }
+        )
     return [{"name": name, "what": f"Point 1's network: {SHAPE_MINUTES} minutes of each shape", "shapes": shapes}]
 
 
 def tried(name, effort, folder):
     """Training steps of Point 1's network with one of our choices undone at a time."""
     settings = {"model": POINT_1, "source": "fashion_mnist", "image_size": 28, "batch_size": 128}
-    without = ("channels_last", "norm's groups of 32 channels", "float32 in attention", "freed memory kept", "fused Adam",
-               "fused EMA")  # fmt: skip
+    without = (
+        "channels_last",
+        "norm's groups of 32 channels",
+        "float32 in attention",
+        "freed memory kept",
+        "fused Adam",
+        "fused EMA",
+    )
     works = {"as it is": (our_training, settings)}
     works |= {f"without {c}": (our_training_without, settings | {"choice": c}) for c in without}
     works["with torch.compile"] = (our_training_without, settings | {"choice": "torch.compile"})
@@ -790,7 +890,9 @@ def tried(name, effort, folder):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 BENCHMARKS = {
-    "train_28": functools.partial(compare_training, what="Point 1's U-Net", model=POINT_1, image_size=28, batch_size=128),
+    "train_28": functools.partial(
+        compare_training, what="Point 1's U-Net", model=POINT_1, image_size=28, batch_size=128
+    ),
     "train_default": functools.partial(
         compare_training, what="the default network", model=DEFAULT, image_size=28, batch_size=128, repeats=3
     ),
@@ -811,9 +913,13 @@ BENCHMARKS = {
     "growth": measure_growth,
 }
 QUALITY = {
-    "tried": tried, "shapes": quality_shapes, "samplers": quality_samplers, "quality_sample": quality_sampling, "quality_guided": quality_guided,
+    "tried": tried,
+    "shapes": quality_shapes,
+    "samplers": quality_samplers,
+    "quality_sample": quality_sampling,
+    "quality_guided": quality_guided,
     "quality_minutes": quality_minutes,
-}  # fmt: skip
+}
 TIMELESS = ("samplers", "quality_sample", "quality_guided")  # distances only, which no machine changes
 EFFORT = {"quick": False, "repeats": 5, "seconds": 2.0, "matrix": 2048, "steps": 10}
 QUICK = {"quick": True, "repeats": 2, "seconds": 0.0, "matrix": 64, "steps": 1}
@@ -822,15 +928,24 @@ QUICK = {"quick": True, "repeats": 2, "seconds": 0.0, "matrix": 64, "steps": 1}
 def machine_facts():
     device, cpu = pick_device(), platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]  # fmt: skip
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         cpu = names[0] if names else cpu
     return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
-        "instructions": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__, "device": str(device),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "device": str(device),
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-        "precision": training.pick_precision(device), "bfloat16": training.pick_precision(device) == "bfloat16",
-    }  # fmt: skip
+        "precision": pick_precision(device),
+        "bfloat16": pick_precision(device) == "bfloat16",
+    }
 
 
 def format_value(value, unit):
@@ -846,13 +961,18 @@ def print_row(row):
     if "samplers" in row:
         print(f"{row['what']}:")
         for sampler, points in row["samplers"].items():
-            print(f"    {sampler:<40} " + ", ".join(f"{steps}: {p['frechet_distance']:.2f}" for steps, p in points.items()))
+            print(
+                f"    {sampler:<40} "
+                + ", ".join(f"{steps}: {p['frechet_distance']:.2f}" for steps, p in points.items())
+            )
         return
     if "shapes" in row:
         print(f"{row['what']}:")
         for shape in row["shapes"]:
-            print(f"    {shape['shape']:<40} {shape['parameters']:>10,} parameters {shape['images_per_second']:>6.0f} images/s"
-                  f" {shape['steps']:>6} steps, Frechet distance {shape['frechet_distance']:.2f}")  # fmt: skip
+            print(
+                f"    {shape['shape']:<40} {shape['parameters']:>10,} parameters {shape['images_per_second']:>6.0f} images/s"
+                f" {shape['steps']:>6} steps, Frechet distance {shape['frechet_distance']:.2f}"
+            )
         return
     plain, ours = (format_value(row[side]["median"], row["unit"]) for side in ("plain", "ours"))
     gain, turns = row["gain"], row["turns"]
@@ -876,12 +996,15 @@ def earlier_rows(path, machine, names):
         before = json.loads(path.read_text())
         if set(names) <= set(TIMELESS):
             machine = before["machine"]
-        kept = {row["name"]: row for row in before["rows"]
-                if before["machine"] == machine or belongs(row["name"], TIMELESS)}  # fmt: skip
+        kept = {
+            row["name"]: row for row in before["rows"] if before["machine"] == machine or belongs(row["name"], TIMELESS)
+        }
         if dropped := [row["name"] for row in before["rows"] if row["name"] not in kept]:
             differs = ", ".join(key for key in machine if machine[key] != before["machine"].get(key))
-            say(f"{path} was measured with other {differs}: its rows {', '.join(dropped)} will go "
-                "(another --json-out keeps them)")  # fmt: skip
+            say(
+                f"{path} was measured with other {differs}: its rows {', '.join(dropped)} will go "
+                "(another --json-out keeps them)"
+            )
         return machine, kept
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a result of this benchmark: delete it, or use another --json-out") from error
@@ -904,8 +1027,9 @@ def main(argv=None):
     parser.add_argument("--quality", action="store_true", help="also what needs training or thousands of samples")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(BENCHMARKS | QUALITY)}")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")
-    parser.add_argument("--json-out", type=Path, help="where to write (default: report/results/benchmark.json, "
-                                                      "or nowhere with --quick)")  # fmt: skip
+    parser.add_argument(
+        "--json-out", type=Path, help="where to write (default: report/results/benchmark.json, or nowhere with --quick)"
+    )
     args = parser.parse_args(argv)
     if unknown := [name for name in args.only or [] if name not in BENCHMARKS | QUALITY]:
         raise UserError(f"nothing is called {unknown[0]!r}: choose from {', '.join(BENCHMARKS | QUALITY)}")
@@ -914,8 +1038,10 @@ def main(argv=None):
         check_writable(out)
 
     machine, load = machine_facts(), os.getloadavg()[0]
-    print(f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['instructions']}, "
-          f"torch {machine['torch']}, bfloat16 {'yes' if machine['bfloat16'] else 'no'}")  # fmt: skip
+    print(
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['instructions']}, "
+        f"torch {machine['torch']}, bfloat16 {'yes' if machine['bfloat16'] else 'no'}"
+    )
     if load > 0.5:
         say(f"other processes keep {load:.1f} cores busy: on a busy machine these numbers mean little")
     print(f"{'median of the turns':<58} {'plain':>18} {'ours':>18} {'gain':>9} (min - max)")

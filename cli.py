@@ -9,17 +9,19 @@ import torch
 
 import training
 from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, noise_level
+from image_data import describe_folder, load_data
 from modules import BLOCKS
 from utils import (
+    PRECISIONS,
     ArgumentParser,
     UserError,
+    autocast,
     check_writable,
-    describe_folder,
     image_grid,
-    load_data,
     natural,
     number,
     pick_device,
+    pick_precision,
     positive,
     progress,
     save_gif,
@@ -27,7 +29,8 @@ from utils import (
     sha256,
     stream_samples,
     to_uint8,
-)  # fmt: skip
+)
+from weights import image_shape, images_seen, load_checkpoint, read_checkpoint, save_checkpoint, select_weights
 
 MODELS = {"patch": "PatchUNet", "course": "UNet"}
 SHAPE_FLAGS = ["width", "mults", "depth", "patch", "block", "attention"]  # PatchUNet's
@@ -93,14 +96,18 @@ def add_train_flags(parser, conditional, shape):
     if conditional:
         add("--p-uncond", type=number(float, 0, 1), default=0.1, help="how often the label is dropped")
         add("--label-dropout", choices=["example", "batch"], default="example", help="one coin per image, or per batch")
-    add("--precision", choices=list(training.PRECISIONS), help="default: the fastest the device really has")
+    add("--precision", choices=list(PRECISIONS), help="default: the fastest the device really has")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--accumulate", type=positive, default=1, help="passes per optimizer step: same batch, less memory")
     add("--sample-every", type=number(int, 0), default=500, help="steps between sample grids; 0: none")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--resume", action="store_true", help="go on with an interrupted run; starts one where there is none")
-    add("--init", type=Path, metavar="CHECKPOINT",
-        help="start from a published run's raw weights (use --ema-start 0 to keep its average)")  # fmt: skip
+    add(
+        "--init",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start from a published run's raw weights (use --ema-start 0 to keep its average)",
+    )
 
 
 def add_sample_flags(parser, conditional):
@@ -147,20 +154,35 @@ def make_config(args, data):
     return {
         "model": model,
         "diffusion": {"timesteps": args.timesteps, "schedule": args.schedule, "objective": args.objective},
-        "data": {"name": data.name, "image_size": data.image_size, "flip": data.flip, "images": len(data),
-                 "classes": data.classes, "folder": describe_folder(args.data)},
-        "train": {"loss": args.loss, "steps": steps, "batch_size": args.batch_size, "lr": args.lr,
-                  "optimizer": args.optimizer, "seed": args.seed, "precision": args.precision,
-                  "ema_betas": args.ema_beta, "ema_start": args.ema_start,
-                  "p_uncond": getattr(args, "p_uncond", None), "label_dropout": getattr(args, "label_dropout", None),
-                  "init": describe_init(args.init) if args.init else None},
-    }  # fmt: skip
+        "data": {
+            "name": data.name,
+            "image_size": data.image_size,
+            "flip": data.flip,
+            "images": len(data),
+            "classes": data.classes,
+            "folder": describe_folder(args.data),
+        },
+        "train": {
+            "loss": args.loss,
+            "steps": steps,
+            "batch_size": args.batch_size,
+            "lr": args.lr,
+            "optimizer": args.optimizer,
+            "seed": args.seed,
+            "precision": args.precision,
+            "ema_betas": args.ema_beta,
+            "ema_start": args.ema_start,
+            "p_uncond": getattr(args, "p_uncond", None),
+            "label_dropout": getattr(args, "label_dropout", None),
+            "init": describe_init(args.init) if args.init else None,
+        },
+    }
 
 
 def describe_init(path):
     """What a run remembers of the checkpoint that it starts from; "images": how many that one had seen."""
-    _, config = training.read_checkpoint(path)
-    return {"checkpoint": path.name, "sha256": sha256(path), "images": training.images_seen(config["train"])}
+    _, config = read_checkpoint(path)
+    return {"checkpoint": path.name, "sha256": sha256(path), "images": images_seen(config["train"])}
 
 
 def load_training(args):
@@ -174,9 +196,17 @@ def load_training(args):
 def run_train(args):
     data, config = load_training(args)
     path = training.train(
-        config, data, args.out, args.resume, args.device, args.minutes,
-        args.sample_every, args.compile, args.accumulate, args.init,
-    )  # fmt: skip
+        config,
+        data,
+        args.out,
+        args.resume,
+        args.device,
+        args.minutes,
+        args.sample_every,
+        args.compile,
+        args.accumulate,
+        args.init,
+    )
     if training.is_main():
         print(f"wrote {path}")
 
@@ -211,24 +241,42 @@ def run_sample(args):
     weights = {None: None, True: "ema", False: "raw"}[args.ema]
     check_writable(args.out)
     device = pick_device(args.device)
-    model, diffusion, config = training.load_checkpoint(args.checkpoint, weights, device)
+    model, diffusion, config = load_checkpoint(args.checkpoint, weights, device)
     if args.steps and args.steps > diffusion.timesteps:
         raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
     labels = parse_labels(getattr(args, "labels", "all"), args.n, model.num_classes)
     cfg_scale = getattr(args, "cfg_scale", 0.0)
     if labels is None and cfg_scale not in (0, 1):
-        raise UserError(f"--cfg-scale {cfg_scale:g} needs labels to guide towards: "
-                        f"{'leave --labels none out' if model.num_classes else 'this checkpoint has no classes'}")  # fmt: skip
-    shape = training.image_shape(model, config)
-    options = {"seed": args.seed, "labels": labels, "cfg_scale": cfg_scale, "sampler": args.sampler,
-               "steps": args.steps, "eta": args.eta, "variance": variance, "clip": args.clip}  # fmt: skip
-    source = {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": config["weights"],
-              "seed": args.seed, "cfg_scale": cfg_scale, "sampler": args.sampler, "eta": noise_level(args.sampler, args.eta),
-              "steps": diffusion.step_count(args.sampler, args.steps), "clip": args.clip,
-              "variance": variance if args.sampler == "ddpm" else None,
-              "dtype": training.pick_precision(device)}  # fmt: skip
+        raise UserError(
+            f"--cfg-scale {cfg_scale:g} needs labels to guide towards: "
+            f"{'leave --labels none out' if model.num_classes else 'this checkpoint has no classes'}"
+        )
+    shape = image_shape(model, config)
+    options = {
+        "seed": args.seed,
+        "labels": labels,
+        "cfg_scale": cfg_scale,
+        "sampler": args.sampler,
+        "steps": args.steps,
+        "eta": args.eta,
+        "variance": variance,
+        "clip": args.clip,
+    }
+    source = {
+        "checkpoint": args.checkpoint.name,
+        "sha256": sha256(args.checkpoint),
+        "weights": config["weights"],
+        "seed": args.seed,
+        "cfg_scale": cfg_scale,
+        "sampler": args.sampler,
+        "eta": noise_level(args.sampler, args.eta),
+        "steps": diffusion.step_count(args.sampler, args.steps),
+        "clip": args.clip,
+        "variance": variance if args.sampler == "ddpm" else None,
+        "dtype": pick_precision(device),
+    }
     columns = math.ceil(args.n**0.5)
-    with training.autocast(device):
+    with autocast(device):
         if suffix == ".gif":
             steps = diffusion.trajectory(model, shape, range(args.n), **options)
             bar = progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")
@@ -237,7 +285,9 @@ def run_sample(args):
             save_denoising_gif(frames, args.out, columns)
         else:
             bar = functools.partial(progress, unit="step", desc="sampling")
-            samples = diffusion.sample_batches(model, args.n, shape, batch_size=args.batch_size, progress=bar, **options)
+            samples = diffusion.sample_batches(
+                model, args.n, shape, batch_size=args.batch_size, progress=bar, **options
+            )
             batches = map(to_uint8, samples)
             if suffix == ".png":
                 save_grid(torch.cat(list(batches)), args.out, columns)
@@ -267,9 +317,9 @@ def run_publish(args):
     source = args.folder / "model.safetensors"
     if not source.is_file():
         raise UserError(f"{args.folder} has no finished run: train it (or go on with --resume) first")
-    tensors, config = training.read_checkpoint(source)
+    tensors, config = read_checkpoint(source)
     weights = {}
     for kind in args.weights:
-        weights[kind] = training.select_weights(tensors, kind, config, source)
-    training.save_checkpoint(args.out, weights, config, tensors.get("losses"), half=True)
+        weights[kind] = select_weights(tensors, kind, config, source)
+    save_checkpoint(args.out, weights, config, tensors.get("losses"), half=True)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")

@@ -79,7 +79,9 @@ class Diffusion:
         betas = beta_schedule(schedule, timesteps)
         alphas_cumprod = (1 - betas).cumprod(0)
         if alphas_cumprod[-1] < 1e-70:  # its root would be 0 in float32
-            raise ValueError(f"{timesteps} timesteps are too many for the {schedule} schedule: the image is long gone before")
+            raise ValueError(
+                f"{timesteps} timesteps are too many for the {schedule} schedule: the image is long gone before"
+            )
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         # The samplers read these as Python floats: exact, and no table look-up on the device in each step.
         self.alphas_cumprod_float64 = alphas_cumprod.tolist()
@@ -150,7 +152,9 @@ class Diffusion:
         visited = []
         for i, t in enumerate(torch.searchsorted(-half_log_snr, -targets).tolist()):
             after, before = steps - 1 - i, visited[-1] if visited else self.timesteps
-            visited.append(max(after, min(t, before - 1)))  # a timestep of its own for each step, also where they are few
+            visited.append(
+                max(after, min(t, before - 1))
+            )  # a timestep of its own for each step, also where they are few
         return with_next(visited)
 
     def check_steps(self, steps):
@@ -229,9 +233,20 @@ class Diffusion:
 
     @torch.inference_mode()
     def trajectory(
-        self, model, shape, indices, seed=0, labels=None, cfg_scale=0.0, sampler="ddim", steps=None, eta=None,
-        variance="posterior", clip=True, x_T=None,
-    ):  # fmt: skip
+        self,
+        model,
+        shape,
+        indices,
+        seed=0,
+        labels=None,
+        cfg_scale=0.0,
+        sampler="ddim",
+        steps=None,
+        eta=None,
+        variance="posterior",
+        clip=True,
+        x_T=None,
+    ):
         """Yield every x_t (N x C x H x W) of the images numbered `indices`; image i's noise depends on (seed, i) alone.
 
         shape is C x H x W; labels int64 N or None; x_T replaces the starting noise; steps, eta: None is the sampler's default.
@@ -268,9 +283,13 @@ class Diffusion:
         for first in firsts:
             part = slice(first, min(first + batch_size, n))
             trajectory = self.trajectory(
-                model, shape, range(part.start, part.stop),
-                labels=None if labels is None else labels[part], x_T=None if x_T is None else x_T[part], **options,
-            )  # fmt: skip
+                model,
+                shape,
+                range(part.start, part.stop),
+                labels=None if labels is None else labels[part],
+                x_T=None if x_T is None else x_T[part],
+                **options,
+            )
             for i, x in enumerate(trajectory):
                 if bar is not None and i > 0:
                     bar.update()

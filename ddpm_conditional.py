@@ -16,10 +16,11 @@ import torch
 
 import cli
 import evaluate
-import training
 from ddpm import SAMPLERS, noise_level
+from features import check_shape, load_features
 from utils import (
     UserError,
+    autocast,
     check_writable,
     command_line,
     natural,
@@ -31,6 +32,7 @@ from utils import (
     to_uint8,
     write_json,
 )
+from weights import image_shape, load_checkpoint
 
 # What `train` trains unless told otherwise: the published CIFAR-10 model's.
 SHAPE = {"patch": 1, "width": 24, "mults": [1, 4, 8], "attention": False}
@@ -54,11 +56,14 @@ def earlier_rows(path, settings):
 def sweep_command(args, rows):
     """The command that measures all rows, however many commands they came from."""
     weights, scales = (dict.fromkeys(row[key] for row in rows) for key in ("weights", "cfg_scale"))
-    return " ".join([
-        f"python ddpm_conditional.py sweep --checkpoint {args.checkpoint}", *([f"--data {args.data}"] if args.data else []),
-        f"--weights {' '.join(weights)} --scales {' '.join(f'{s:g}' for s in sorted(scales))}",
-        f"--n {args.n} --sampler {args.sampler} --steps {args.steps} --seed {args.seed} --out {args.out}",
-    ])  # fmt: skip
+    return " ".join(
+        [
+            f"python ddpm_conditional.py sweep --checkpoint {args.checkpoint}",
+            *([f"--data {args.data}"] if args.data else []),
+            f"--weights {' '.join(weights)} --scales {' '.join(f'{s:g}' for s in sorted(scales))}",
+            f"--n {args.n} --sampler {args.sampler} --steps {args.steps} --seed {args.seed} --out {args.out}",
+        ]
+    )
 
 
 def run_sweep(args):
@@ -66,23 +71,29 @@ def run_sweep(args):
     check_writable(args.out)
     device = pick_device(args.device)
     # all of them before the work: one that is not there is refused at once
-    models = {weights: training.load_checkpoint(args.checkpoint, weights, device) for weights in args.weights}
+    models = {weights: load_checkpoint(args.checkpoint, weights, device) for weights in args.weights}
     sha256 = evaluate.sha256(args.checkpoint)
     sampler = {"sampler": args.sampler, "steps": args.steps, "eta": noise_level(args.sampler)}
-    settings = {"checkpoint": args.checkpoint.name, "sha256": sha256, "sampler": sampler,
-                "n": args.n, "seed": args.seed, "data": args.data}  # fmt: skip
+    settings = {
+        "checkpoint": args.checkpoint.name,
+        "sha256": sha256,
+        "sampler": sampler,
+        "n": args.n,
+        "seed": args.seed,
+        "data": args.data,
+    }
     rows = earlier_rows(args.out, settings)
     for weights, (model, diffusion, config) in models.items():
         if model.num_classes is None:
             raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
         if args.steps > diffusion.timesteps:
             raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
-        shape = training.image_shape(model, config)
+        shape = image_shape(model, config)
         data_name = args.data or config["data"].get("name")
         if data_name is None:
             raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")
-        net = evaluate.load_features(data_name)
-        evaluate.check_shape(net, torch.empty(0, *shape))  # before the work, not after it
+        net = load_features(data_name)
+        check_shape(net, torch.empty(0, *shape))  # before the work, not after it
         evaluate.check_count(args.n, net.head.in_features)
         labels = cli.parse_labels("all", args.n, model.num_classes)
         kind = config.pop("weights")  # the rest is the run's, the same for all
@@ -91,15 +102,25 @@ def run_sweep(args):
             if any(row["weights"] == weights and row["cfg_scale"] == scale for row in rows):
                 continue
             bar = functools.partial(progress, unit="step", desc=f"{weights}, cfg_scale {scale:g}")
-            with training.autocast(device):
-                images = diffusion.sample(model, args.n, shape, labels=labels, cfg_scale=scale, seed=args.seed,
-                                          progress=bar, **settings["sampler"])  # fmt: skip
+            with autocast(device):
+                images = diffusion.sample(
+                    model,
+                    args.n,
+                    shape,
+                    labels=labels,
+                    cfg_scale=scale,
+                    seed=args.seed,
+                    progress=bar,
+                    **settings["sampler"],
+                )
             quality = evaluate.evaluate_samples(
                 to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy(), data_name, need_labels=True
             )
             rows.append({"weights": weights, "kind": kind, "cfg_scale": scale, "quality": quality})
-            say(f"{weights}, cfg_scale {scale:g}: Frechet distance {quality['frechet_distance']:.2f}, "
-                f"label agreement {quality['labels']['agreement']:.1%}")  # fmt: skip
+            say(
+                f"{weights}, cfg_scale {scale:g}: Frechet distance {quality['frechet_distance']:.2f}, "
+                f"label agreement {quality['labels']['agreement']:.1%}"
+            )
             write_json(args.out, {"command": sweep_command(args, rows), **facts, **settings, "rows": rows})
     write_json(args.out, {"command": sweep_command(args, rows), **facts, **settings, "rows": rows})
     print(f"wrote {args.out}: {len(rows)} settings")

@@ -1,8 +1,8 @@
 """Point 1: an unconditional DDPM on Fashion-MNIST, and the grid of 4 beta schedules x 3 losses.
 
-    python ddpm_unconditional.py train --schedule cosine --loss huber --epochs 5 --out runs/cosine_huber
-    python ddpm_unconditional.py grid --out runs/grid
-    python ddpm_unconditional.py sample --checkpoint runs/cosine_huber/model.safetensors --out samples.png
+python ddpm_unconditional.py train --schedule cosine --loss huber --epochs 5 --out runs/cosine_huber
+python ddpm_unconditional.py grid --out runs/grid
+python ddpm_unconditional.py sample --checkpoint runs/cosine_huber/model.safetensors --out samples.png
 """
 
 import argparse
@@ -16,13 +16,15 @@ import cli
 import evaluate
 import training
 from ddpm import LOSSES, SCHEDULES
+from features import check_shape, load_features, load_whole
+from image_data import load_data
 from utils import (
     ROOT,
     UserError,
     atomic_path,
+    autocast,
     command_line,
     generator,
-    load_data,
     pick_device,
     positive,
     progress,
@@ -31,7 +33,8 @@ from utils import (
     to_model,
     to_uint8,
     write_json,
-)  # fmt: skip
+)
+from weights import load_checkpoint, read_checkpoint, save_checkpoint, select_weights
 
 # The best found for its training time (`python benchmark.py --only shapes`). The experiments had been trained before, on
 # PatchUNet's own shape.
@@ -83,7 +86,9 @@ def run_grid(args):
             say(str(held))
     if not training.is_main():
         return
-    results = [json.loads(path.read_text()) for name in EXPERIMENTS if (path := args.out / name / "result.json").exists()]
+    results = [
+        json.loads(path.read_text()) for name in EXPERIMENTS if (path := args.out / name / "result.json").exists()
+    ]
     write_json(args.out / "grid.json", results)
     if args.publish:
         for result in results:
@@ -104,7 +109,9 @@ def check_free(args, names):
     for name in names:
         for flag, value in EXPERIMENTS[name].items():
             if getattr(args, flag) not in (value, args.defaults[flag]):
-                raise UserError(f"{name} has its own --{flag}, {value}: leave --{flag} out, or choose others with --only")
+                raise UserError(
+                    f"{name} has its own --{flag}, {value}: leave --{flag} out, or choose others with --only"
+                )
         if args.minutes and "epochs" in EXPERIMENTS[name]:
             raise UserError(f"{name} is defined by its epochs: leave --minutes out, or this experiment")
 
@@ -119,20 +126,22 @@ def check_measurable(args):
     """Raise UserError where `measure` would: better before the training than after it."""
     if args.timesteps < SAMPLER["steps"]:
         raise UserError(f"the experiments are sampled in {SAMPLER['steps']} steps: --timesteps must be at least that")
-    net = evaluate.load_features(args.data)
-    evaluate.check_shape(net, load_data(args.data, "test", args.image_size).images[:1])
+    net = load_features(args.data)
+    check_shape(net, load_data(args.data, "test", args.image_size).images[:1])
     evaluate.check_count(args.n, net.head.in_features)
 
 
 def check_finished(args):
     """Raise UserError where the finished experiment in args.out had other settings than the flags ask for."""
     _, config = cli.load_training(args)
-    _, trained = training.read_checkpoint(args.out / "model.safetensors")
+    _, trained = read_checkpoint(args.out / "model.safetensors")
     training.take_over(config["train"], trained["train"])
     training.check_settings(config, trained, args.out)
     if config["train"]["steps"] != trained["train"]["steps"]:
-        raise UserError(f"{args.out} was trained for {trained['train']['steps']} steps, not {config['train']['steps']}: "
-                        "use another --out")  # fmt: skip
+        raise UserError(
+            f"{args.out} was trained for {trained['train']['steps']} steps, not {config['train']['steps']}: "
+            "use another --out"
+        )
     path = args.out / "result.json"
     if path.exists() and (n := json.loads(path.read_text())["sampler"]["n"]) != args.n:
         raise UserError(f"{args.out} was measured over {n} samples, not {args.n}: delete {path}")
@@ -148,16 +157,16 @@ def first_images(data, n):
 
 def measure(name, folder, data, n, device):
     """Publish a finished run as half-precision EMA weights, and measure exactly those: folder/result.json."""
-    tensors, config = training.read_checkpoint(folder / "model.safetensors")
+    tensors, config = read_checkpoint(folder / "model.safetensors")
     path, losses = folder / "ema.safetensors", tensors["losses"]
-    training.save_checkpoint(path, {"ema": training.select_weights(tensors, "ema", config)}, config, losses, half=True)
-    model, diffusion, _ = training.load_checkpoint(path, device=pick_device(device))
+    save_checkpoint(path, {"ema": select_weights(tensors, "ema", config)}, config, losses, half=True)
+    model, diffusion, _ = load_checkpoint(path, device=pick_device(device))
     size = config["data"]["image_size"]
 
     def sample_and_measure(picture, x_T=None):
         bar = functools.partial(progress, unit="step", desc=f"sampling {name}")
         shape = (model.channels, size, size)
-        with training.autocast(diffusion.betas.device):
+        with autocast(diffusion.betas.device):
             images = to_uint8(diffusion.sample(model, n, shape, **SAMPLER, progress=bar, x_T=x_T))
         save_grid(images[:64], folder / picture, columns=8)
         return evaluate.evaluate_samples(images.permute(0, 2, 3, 1).numpy(), data_name=data)
@@ -165,15 +174,19 @@ def measure(name, folder, data, n, device):
     test = load_data(data, "test", size)
     test = to_model(first_images(test, min(1000, len(test))))
     result = {
-        "name": name, "sha256": evaluate.sha256(path), "config": config, "final_loss": losses[-200:].mean().item(),
+        "name": name,
+        "sha256": evaluate.sha256(path),
+        "config": config,
+        "final_loss": losses[-200:].mean().item(),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "sampler": SAMPLER | {"n": n}, "quality": sample_and_measure("samples.png"),
+        "sampler": SAMPLER | {"n": n},
+        "quality": sample_and_measure("samples.png"),
         "noise_error": evaluate.noise_error(model, diffusion, test),
         "likelihood": evaluate.variational_bound(model, diffusion, test),
-    }  # fmt: skip
+    }
     if diffusion.alphas_cumprod[-1] > 0.01:
         # The forward process stops short of noise: is the network to blame, or the N(0, I) that sampling starts from?
-        x0 = to_model(first_images(evaluate.load_whole(data, "train", size), n))
+        x0 = to_model(first_images(load_whole(data, "train", size), n))
         noise = torch.randn(x0.shape, generator=generator(0, 2))
         x0, noise = x0.to(diffusion.betas.device), noise.to(diffusion.betas.device)
         x_T = diffusion.q_sample(x0, torch.full((len(x0),), diffusion.timesteps - 1, device=x0.device), noise)
@@ -189,7 +202,9 @@ def main(argv=None):
     grid.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs")
     grid.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(EXPERIMENTS)}")
     grid.add_argument("--n", type=positive, default=2000, help="samples to measure")
-    grid.add_argument("--publish", action="store_true", help="also write checkpoints/grid_* and report/results/grid.json")
+    grid.add_argument(
+        "--publish", action="store_true", help="also write checkpoints/grid_* and report/results/grid.json"
+    )
     # 6 epochs of 60,000 images, of which the last is averaged (of 10, the second half)
     grid.set_defaults(run=run_grid, epochs=6, ema_start=2344, schedule=None, loss=None)
     flags = {flag for experiment in EXPERIMENTS.values() for flag in experiment}

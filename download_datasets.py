@@ -35,6 +35,16 @@ import torch
 from PIL import Image
 
 import utils
+from image_data import (
+    DEBIAN_FASHION_MNIST,
+    FASHION_MNIST_CLASSES,
+    FOLDERS,
+    decode_images,
+    list_images,
+    load_data,
+    read_mnist_files,
+    say_left_out,
+)
 from utils import ArgumentParser, UserError, atomic_path, command_line, progress, say
 
 FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
@@ -51,15 +61,19 @@ RECORD = ".complete.json"  # in a finished folder: how many images each class ha
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["fashion_mnist", *utils.FOLDERS, "checkpoints"])
+    parser.add_argument("name", choices=["fashion_mnist", *FOLDERS, "checkpoints"])
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="PATH",
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="PATH",
         help="an archive (zip, tar) or folder that you have (default: look where it may lie, then download)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--make-sample", action="store_true",
+        "--make-sample",
+        action="store_true",
         help="with fashion_mnist: write the sample shipped in data/fashion_mnist_sample (default: no)",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     if args.make_sample and args.name != "fashion_mnist":
         parser.error("--make-sample goes with fashion_mnist")
@@ -85,9 +99,9 @@ def get_fashion_mnist(source: Path | None) -> None:
     if is_filled(target):
         print(f"{target} is all there: {count_fashion_mnist(target)}")
         return
-    if source is None and utils.DEBIAN_FASHION_MNIST.is_dir():
-        counts = count_fashion_mnist(utils.DEBIAN_FASHION_MNIST)
-        print(f"{utils.DEBIAN_FASHION_MNIST} has Fashion-MNIST, nothing to fetch: {counts}")
+    if source is None and DEBIAN_FASHION_MNIST.is_dir():
+        counts = count_fashion_mnist(DEBIAN_FASHION_MNIST)
+        print(f"{DEBIAN_FASHION_MNIST} has Fashion-MNIST, nothing to fetch: {counts}")
         return
     with staging(target) as folder:
         data = folder / "data"
@@ -96,8 +110,13 @@ def get_fashion_mnist(source: Path | None) -> None:
             collect_fashion_mnist(folder / "source", data)
         else:
             try:
-                try_each(folder, {"the Hugging Face hub": lambda: fashion_mnist_from_hub(folder, data),
-                                  "torchvision": lambda: fashion_mnist_from_torchvision(folder, data)})  # fmt: skip
+                try_each(
+                    folder,
+                    {
+                        "the Hugging Face hub": lambda: fashion_mnist_from_hub(folder, data),
+                        "torchvision": lambda: fashion_mnist_from_torchvision(folder, data),
+                    },
+                )
             except UserError as error:
                 raise UserError(f"the shipped sample of Fashion-MNIST will stand in: {error}") from error
         publish(data, target, count_fashion_mnist(data))
@@ -107,7 +126,7 @@ def count_fashion_mnist(folder: Path) -> str:
     """Read both splits and say how many images they have. Raises UserError where one is missing or damaged."""
     counts = []
     for split in ("train", "test"):
-        found = utils.read_mnist_files(folder, split)
+        found = read_mnist_files(folder, split)
         if found is None:
             raise UserError(f"{folder} has neither the IDX files of Fashion-MNIST nor train*.parquet and test*.parquet")
         counts.append(f"{split} {len(found[0]):,} images")
@@ -143,10 +162,10 @@ def make_sample(folder: Path, train: int = 2500, test: int = 1000) -> None:
     """The first images of both splits, as PNG in parquet: they stand in where the full data is out of reach."""
     import datasets
 
-    labels = datasets.ClassLabel(names=utils.FASHION_MNIST_CLASSES)
+    labels = datasets.ClassLabel(names=FASHION_MNIST_CLASSES)
     features = datasets.Features(image=datasets.Image(), label=labels)
     for split, count in (("train", train), ("test", test)):
-        data = utils.load_data("fashion_mnist", split)
+        data = load_data("fashion_mnist", split)
         if data.labels is None or len(data) < 10_000:
             raise UserError("the sample is cut from all of Fashion-MNIST, which is not there")
         pictures = []
@@ -165,7 +184,7 @@ def make_sample(folder: Path, train: int = 2500, test: int = 1000) -> None:
 
 def get_images(name: str, source: Path | None) -> None:
     """Into the folder beside the scripts, as <class>/* or {train,test}/<class>/*, checked and counted."""
-    target = (utils.ROOT / utils.FOLDERS[name][0]).resolve()  # perhaps a link to a larger disk
+    target = (utils.ROOT / FOLDERS[name][0]).resolve()  # perhaps a link to a larger disk
     if is_filled(target):
         print(f"{target} is all there: {describe(confirm(target))}")
         return
@@ -174,9 +193,14 @@ def get_images(name: str, source: Path | None) -> None:
         if source is not None:
             unpack(source, found)
         elif name == "cifar10":
-            try_each(folder, {"the Hugging Face hub": lambda: cifar10_from_hub(folder, found),
-                              "torchvision": lambda: cifar10_from_torchvision(found),
-                              "Kaggle": lambda: from_kaggle(name, folder, found)})  # fmt: skip
+            try_each(
+                folder,
+                {
+                    "the Hugging Face hub": lambda: cifar10_from_hub(folder, found),
+                    "torchvision": lambda: cifar10_from_torchvision(found),
+                    "Kaggle": lambda: from_kaggle(name, folder, found),
+                },
+            )
         else:
             from_kaggle(name, folder, found)
         images = arrange(find_images(found), folder, name)
@@ -190,7 +214,7 @@ def get_images(name: str, source: Path | None) -> None:
 def confirm(target: Path) -> dict[str, dict[str, int]]:
     """Count a folder that is in its place; check it if it was put there by hand. Raises UserError if files are gone."""
     if (target / "cifar-10-batches-py").is_dir():
-        splits = {split: utils.load_data(target, split) for split in ("train", "test")}  # compares MD5s
+        splits = {split: load_data(target, split) for split in ("train", "test")}  # compares MD5s
         return {split: {"images": len(data)} for split, data in splits.items()}
     counts = count_files(target)
     try:
@@ -221,12 +245,12 @@ def arrange(images: Path, folder: Path, name: str) -> Path:
     if (images / "data_batch_1").is_file():
         batches = images.rename(folder / "cifar-10-batches-py")
         for split in ("train", "test"):
-            data = utils.load_data(batches, split)
+            data = load_data(batches, split)
             assert data.labels is not None
             pictures = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in data.images)
             write_images(pictures, data.labels.tolist(), data.classes, folder / "images" / split)
         return folder / "images"
-    without_classes = [split for split in splits_of(images) if not utils.list_images(split)[2]]
+    without_classes = [split for split in splits_of(images) if not list_images(split)[2]]
     if without_classes and name != "landscapes":
         raise UserError(f"{without_classes[0]} has no class folders")
     if without_classes == [images]:
@@ -251,7 +275,7 @@ def count_files(root: Path) -> dict[str, dict[str, int]]:
     """{split: {class: number of files}}. Raises UserError for an empty class and for splits with different classes."""
     counts = {}
     for folder in splits_of(root):
-        _, labels, classes = utils.list_images(folder)
+        _, labels, classes = list_images(folder)
         number = Counter(labels)
         split = "" if folder == root else folder.name
         counts[split] = {name: number[i] for i, name in enumerate(classes or ["images"])}
@@ -264,10 +288,10 @@ def unreadable_images(root: Path) -> list[Path]:
     """Decode every image. Those that do not decode are returned, and named and counted on stderr."""
     unreadable = []
     for folder in splits_of(root):
-        files = utils.list_images(folder)[0]
-        with utils.decode_images(files, 8, f"checking {folder.name}") as decoded:
+        files = list_images(folder)[0]
+        with decode_images(files, 8, f"checking {folder.name}") as decoded:
             bad = [file for file, image in zip(files, decoded) if image is None]
-        utils.say_left_out(folder, bad, len(files))
+        say_left_out(folder, bad, len(files))
         unreadable += bad
     return unreadable
 
@@ -496,8 +520,17 @@ def publish(folder: Path, target: Path, description: str) -> None:
 
 
 # what reading a damaged archive raises
-DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, struct.error, ValueError,
-           NotImplementedError, OSError)  # fmt: skip
+DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    ValueError,
+    NotImplementedError,
+    OSError,
+)
 
 # one file to write: its path below the target, its size, and a function that opens it
 Member = tuple[PurePosixPath, int, Callable[[], Any]]

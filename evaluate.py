@@ -14,336 +14,49 @@ samples needs no data set.
 import argparse
 import contextlib
 import functools
-import hashlib
-import io
 import json
 import math
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import nn
 from torch.nn import functional as F
 
-from training import autocast, load_checkpoint, pick_precision
+from features import (
+    FeatureNet,
+    check_shape,
+    features_of,
+    load_features,
+    load_reference,
+    load_whole,
+    shrink,
+    statistics,
+    train_features,
+)
+from image_data import FOLDERS, ImageData, load_data
 from utils import (
-    FOLDERS,
     ROOT,
     ArgumentParser,
-    ImageData,
     UserError,
-    atomic_path,
     check_writable,
     command_line,
-    describe_folder,
     generator,
-    load_data,
     load_samples,
     natural,
     pick_device,
     positive,
     progress,
-    resize,
     samples_source,
-    say,
     sha256,
     to_model,
     write_json,
 )
-
-CHECKPOINTS = ROOT / "checkpoints"
-# the feature classifiers' networks and training, by data set; any other data set uses DEFAULT_RECIPE
-DEFAULT_RECIPE: dict[str, Any] = {
-    "widths": [32, 64, 128], "depths": [1, 1], "mirror": False, "batch_size": 128, "label_smoothing": 0.05,
-    "cycles": [{"epochs": 16, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 2, "flip": True}],
-}  # fmt: skip
-RECIPES = {
-    "cifar10": DEFAULT_RECIPE | {"widths": [48, 96, 192, 256], "depths": [1, 1, 1], "mirror": True, "cycles": [
-        {"epochs": 24, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 3, "flip": True},
-        {"epochs": 10, "learning_rate": 0.06, "weight_decay": 5e-4, "shift": 2, "flip": True},
-    ]},
-    # ends without flips: a classifier that is blind to them could not see that they put shoes off the data
-    "fashion_mnist": DEFAULT_RECIPE | {"cycles": [
-        {"epochs": 10, "learning_rate": 0.2, "weight_decay": 5e-4, "shift": 2, "flip": True},
-        {"epochs": 8, "learning_rate": 0.1, "weight_decay": 1e-4, "shift": 2, "flip": False},
-        {"epochs": 12, "learning_rate": 0.07, "weight_decay": 1e-4, "shift": 1, "flip": False},
-    ]},
-}  # fmt: skip
-FIXED_TRAIN = 10_000  # training images whose features are kept
-
-
-# --- the feature classifier ---------------------------------------------------------------------------------------
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm beside a shortcut (He et al. 2015); stride 2 halves the resolution."""
-
-    def __init__(self, channels: int, width: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or channels != width:
-            pool = nn.AvgPool2d(stride, ceil_mode=True)  # ceil: 7 -> 4, as the strided convolution
-            self.shortcut = nn.Sequential(pool, nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
-
-
-class FeatureNet(nn.Module):
-    """A small ResNet classifier: float N x C x H x W in [-1, 1] -> features N x widths[-1], logits N x classes.
-
-    Its features are the activations before the last layer, averaged over positions; with `mirror`, once trained, also over
-    the image and its mirror image, which makes a better classifier of data where left and right mean nothing. `name`, `sha256` (of the weights'
-    file), `classes` and `test_accuracy` are set by `load_features`.
-    """
-
-    name = sha256 = ""
-    classes: list[str]
-    test_accuracy: float
-
-    def __init__(self, channels: int, image_size: int, classes: int, widths: list[int], depths: list[int],
-                 mirror: bool = False):  # fmt: skip
-        super().__init__()
-        self.mirror = mirror
-        self.image_shape = (channels, image_size, image_size)
-        self.stem = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(widths[0])
-        blocks = []
-        for width_in, width, depth in zip(widths[:-1], widths[1:], depths, strict=True):
-            blocks += [ResidualBlock(width_in if i == 0 else width, width, 2 if i == 0 else 1) for i in range(depth)]
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(widths[-1], classes)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = x.contiguous(memory_format=torch.channels_last)
-        views = [x, x.flip(-1)] if self.mirror and not self.training else [x]
-        features = sum(self.blocks(F.relu(self.norm(self.stem(view)))).mean((2, 3)) for view in views) / len(views)
-        return features, self.head(features)
-
-
-def shift_and_flip(images: torch.Tensor, shift: int, flip: bool, generator: torch.Generator) -> torch.Tensor:
-    """Move each image (uint8, N x C x H x W) by up to `shift` pixels, reflected at the border, and perhaps flip half."""
-    n, _, height, width = images.shape
-    padded = F.pad(to_model(images), (shift,) * 4, mode="reflect")
-    top, left = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
-    if flip:
-        coin = torch.rand(n, 1, generator=generator) < 0.5
-        columns = torch.where(coin, columns.flip(1), columns)
-    moved = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # N x H x W x C
-    return moved.permute(0, 3, 1, 2)
-
-
-def one_cycle(position: float, rise: float = 0.2) -> float:
-    """The learning rate's share of its peak at 0..1 of a cycle: a cosine up, a cosine down (Smith & Topin 2018)."""
-    if position < rise:
-        return 0.04 + 0.96 * (1 - math.cos(math.pi * position / rise)) / 2
-    return (1 + math.cos(math.pi * (position - rise) / (1 - rise))) / 2
-
-
-def train_features(name: str, seed: int = 0) -> dict:
-    """Train the classifier of data set `name`; write features_NAME and reference_NAME (.safetensors) to checkpoints/.
-
-    Nesterov SGD, learning-rate cycles, label smoothing. The state after every epoch is in runs/features_NAME/, where an
-    interrupted training goes on; delete it to start again. Returns the facts that the weights' file records.
-    """
-    checkpoint_path("features", name)  # refuses a name that it could not be kept under, before the work
-    train, test = load_whole(name), load_whole(name, "test")
-    if train.labels is None or len(train.classes) < 2:
-        raise UserError(f"{name} has no labels, so there is nothing to train a classifier on")
-    if name == "fashion_mnist" and len(train) < 60_000:
-        raise UserError("the shipped sample is too small: run `python download_datasets.py fashion_mnist` first")
-    recipe = RECIPES.get(name, DEFAULT_RECIPE)
-    if len(train) < recipe["batch_size"]:
-        raise UserError(f"{len(train)} training images are too few for a classifier: it needs {recipe['batch_size']} or more")
-    architecture = {"channels": train.images.shape[1], "image_size": train.image_size, "classes": len(train.classes),
-                    "widths": recipe["widths"], "depths": recipe["depths"], "mirror": recipe["mirror"]}  # fmt: skip
-    torch.manual_seed(seed)
-    net = FeatureNet(**architecture).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, nesterov=True)
-    epochs = [(cycle, i / cycle["epochs"]) for cycle in recipe["cycles"] for i in range(cycle["epochs"])]
-    path = ROOT / f"runs/features_{Path(name).name}/state.pt"
-    folder = describe_folder(name)
-    identity = json.dumps([architecture, recipe, seed, len(train), folder])
-    history: list[dict] = []
-    if path.exists():
-        try:
-            state = torch.load(path, weights_only=True)
-        except Exception as error:  # torch.load raises whatever the bytes happen to provoke
-            raise UserError(f"{path} is damaged: delete it to start again") from error
-        if state["identity"] == identity:
-            net.load_state_dict(state["net"])
-            optimizer.load_state_dict(state["optimizer"])
-            history = state["history"]
-            say(f"going on after epoch {len(history)}")
-    for epoch in range(len(history), len(epochs)):
-        start = time.perf_counter()
-        loss = train_epoch(net, optimizer, train, recipe, *epochs[epoch], seed, epoch)
-        history.append({"epoch": epoch + 1, "loss": loss, "test_accuracy": accuracy(net, test),
-                        "seconds": round(time.perf_counter() - start, 1)})  # fmt: skip
-        say(json.dumps(history[-1]))
-        with atomic_path(path) as temporary:
-            state = io.BytesIO()  # PyTorch reports a full disk as a RuntimeError
-            torch.save({"identity": identity, "net": net.state_dict(), "optimizer": optimizer.state_dict(),
-                        "history": history}, state)  # fmt: skip
-            temporary.write_bytes(state.getbuffer())
-    net.half().float()  # from here on exactly what the file will hold
-    facts = {"data": name, "folder": folder, "test_accuracy": accuracy(net, test), "architecture": architecture,
-             "recipe": recipe, "precision": pick_precision("cpu"), "seed": seed, "classes": train.classes, "history": history}  # fmt: skip
-    reference = make_reference(net, train, test)
-    weights = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
-    save_tensors(checkpoint_path("features", name), weights, facts)
-    save_tensors(checkpoint_path("reference", name), reference, {
-        "data": Path(name).name, "train_images": len(train), "test_images": len(test),
-        "features_sha256": sha256(checkpoint_path("features", name)),
-    })  # fmt: skip
-    for kind in ("features", "reference"):
-        say(f"wrote {checkpoint_path(kind, name)}")
-    return facts
-
-
-def load_whole(name: str | Path, split: str = "train", image_size: int | None = None) -> ImageData:
-    """`load_data`, but training photographs, which are kept larger for random crops, are as large as the test images."""
-    data = load_data(name, split, image_size)
-    if data.images.shape[-1] != data.image_size:
-        data.images = resize(data.images, data.image_size)
-    return data
-
-
-def train_epoch(net: FeatureNet, optimizer: torch.optim.Optimizer, train: ImageData, recipe: dict, cycle: dict,
-                begin: float, seed: int, epoch: int) -> float:  # fmt: skip
-    """One pass over the data, `begin` (0..1) of the way through `cycle`; its mean loss."""
-    assert train.labels is not None
-    net.train()
-    steps, losses = len(train) // recipe["batch_size"], []
-    order = torch.randperm(len(train), generator=generator(seed, epoch))
-    for step in progress(range(steps), desc=f"epoch {epoch + 1}"):
-        index = order[step * recipe["batch_size"] : (step + 1) * recipe["batch_size"]]
-        x = shift_and_flip(train.images[index], cycle["shift"], cycle["flip"], generator(seed, epoch, step))
-        with autocast("cpu"):
-            logits = net(x)[1]
-        loss = F.cross_entropy(logits.float(), train.labels[index], label_smoothing=recipe["label_smoothing"])
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = cycle["learning_rate"] * one_cycle(begin + step / steps / cycle["epochs"])
-            group["weight_decay"] = cycle["weight_decay"]
-        optimizer.step()
-        losses.append(loss.item())
-    return float(np.mean(losses))
-
-
-def features(net: FeatureNet, images: torch.Tensor, batch_size: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (float32, N x D) and logits (float32, N x classes) of images (uint8, N x C x H x W)."""
-    net.eval()
-    with torch.inference_mode():
-        parts = [net(to_model(images[i : i + batch_size])) for i in range(0, len(images), batch_size)]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-
-
-def accuracy(net: FeatureNet, data: ImageData) -> float:
-    assert data.labels is not None
-    return (features(net, data.images)[1].argmax(1) == data.labels).double().mean().item()
-
-
-def checkpoint_path(kind: str, name: str | Path) -> Path:
-    """checkpoints/KIND_NAME.safetensors. Raises UserError for a folder that only shares its name with a built-in data set."""
-    if str(name) != Path(name).name and Path(name).name in ("fashion_mnist", *FOLDERS):
-        raise UserError(f"{name} is called like the built-in {Path(name).name}: use that name for it, or rename the folder")
-    return CHECKPOINTS / f"{kind}_{Path(name).name}.safetensors"
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], config: dict) -> None:
-    with atomic_path(path) as temporary:
-        contiguous = {key: value.contiguous() for key, value in tensors.items()}
-        temporary.write_bytes(save(contiguous, {"config": json.dumps(config)}))  # save_file hides a full disk
-
-
-def read_file(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """What `save_tensors` wrote: tensors and config. Raises UserError, with `hint`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads((file.metadata() or {})["config"])
-    except FileNotFoundError:
-        raise UserError(f"there is no {path.name} in {path.parent.name}/: {hint}") from None
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged or not what its name says ({error}): {hint}") from error
-
-
-def load_features(name: str | Path) -> FeatureNet:
-    """The feature classifier of data set `name` from checkpoints/. Raises UserError."""
-    if str(name) != Path(name).name and not Path(name).is_dir():
-        raise UserError(f"there is no folder {name}")
-    path = checkpoint_path("features", name)
-    known = ", ".join(sorted(p.stem.removeprefix("features_") for p in CHECKPOINTS.glob("features_*.safetensors")))
-    hint = f"`python evaluate.py train-features {name}` makes it (there is one of: {known or 'no data set'})"
-    weights, config = read_file(path, hint)
-    try:
-        net = FeatureNet(**config["architecture"])
-        net.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit the network: {hint}") from error
-    if (here := describe_folder(name)) != (there := config.get("folder")) and here:
-        raise UserError(f"{path} is of another folder of that name ({there or 'unknown'}; here {here}): rename this one, or "
-                        f"run `python evaluate.py train-features {name}`")  # fmt: skip
-    net = net.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    net.name, net.sha256 = Path(name).name, sha256(path)
-    net.classes, net.test_accuracy = config["classes"], config["test_accuracy"]
-    return net
-
-
-def make_reference(net: FeatureNet, train: ImageData, test: ImageData, seed: int = 0) -> dict[str, torch.Tensor]:
-    """What evaluations need of the real images: the two splits' statistics, and features and labels of some of them."""
-    chosen = torch.randperm(len(train), generator=generator(seed))[:FIXED_TRAIN].sort().values
-    reference = {"train_index": chosen.int()}
-    for split, data in (("train", train), ("test", test)):
-        x = features(net, data.images)[0]
-        reference[f"{split}_mean"], reference[f"{split}_cov"] = statistics(x)
-        index = chosen if split == "train" else slice(None)
-        reference[f"{split}_features"] = x[index].half()
-        if data.labels is not None:
-            reference[f"{split}_labels"] = data.labels[index].to(torch.int16)
-    return reference
-
-
-def load_reference(name: str | Path, net: FeatureNet, image_size: int | None = None) -> tuple[dict[str, torch.Tensor], dict]:
-    """What `make_reference` made of data set `name` in the features of `net`, and its facts. Raises UserError.
-
-    Of the classifier's own data set it is in checkpoints/; of another one it is computed, which needs the images. They are
-    loaded at `image_size`, the samples' (None: the classifier's), and from there shrunk as samples are.
-    """
-    if Path(name).name == net.name:
-        path = checkpoint_path("reference", name)
-        reference, facts = read_file(path, f"run `python evaluate.py train-features {name}`")
-        if facts["features_sha256"] != net.sha256:
-            raise UserError(f"{path.name} was made with other weights: run `python evaluate.py train-features {name}`")
-        return reference, facts | {"sha256": sha256(path)}
-    train, test = (load_whole(name, split, image_size or net.image_shape[-1]) for split in ("train", "test"))
-    train.images, test.images = shrink(net, train.images), shrink(net, test.images)
-    check_shape(net, test.images)
-    reference = make_reference(net, train, test)
-    digest = hashlib.sha256(b"".join(reference[key].numpy().tobytes() for key in sorted(reference))).hexdigest()
-    return reference, {"train_images": len(train), "test_images": len(test), "sha256": digest}
-
+from weights import load_checkpoint
 
 # --- distances between two sets of features -----------------------------------------------------------------------
-
-
-def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (D) and unbiased covariance (D x D) of features N x D, in float64."""
-    x = x.double()
-    return x.mean(0), x.T.cov()
 
 
 def psd_sqrt(a: torch.Tensor) -> torch.Tensor:
@@ -379,12 +92,19 @@ def frechet_bootstrap(x: torch.Tensor, mu: torch.Tensor, cov: torch.Tensor, draw
         raise UserError(f"the bootstrap needs at least 2 draws, not {draws}")
     estimate = frechet(*statistics(x), mu, cov)
     g = generator(seed)
-    again = torch.tensor([frechet(*statistics(x[torch.randint(len(x), (len(x),), generator=g)]), mu, cov)
-                          for _ in range(draws)], dtype=torch.float64)  # fmt: skip
+    again = torch.tensor(
+        [frechet(*statistics(x[torch.randint(len(x), (len(x),), generator=g)]), mu, cov) for _ in range(draws)],
+        dtype=torch.float64,
+    )
     bias = again.mean().item() - estimate
     low, high = torch.quantile(again, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"interval_95": [max(0.0, low - bias), high - bias], "standard_error": again.std().item(), "bias": bias,
-            "draws": draws, "seed": seed}  # fmt: skip
+    return {
+        "interval_95": [max(0.0, low - bias), high - bias],
+        "standard_error": again.std().item(),
+        "bias": bias,
+        "draws": draws,
+        "seed": seed,
+    }
 
 
 def kid(a: torch.Tensor, b: torch.Tensor, seed: int = 0, blocks: int = 10) -> dict:
@@ -398,8 +118,12 @@ def kid(a: torch.Tensor, b: torch.Tensor, seed: int = 0, blocks: int = 10) -> di
     g = generator(seed)
     parts = [x.double()[torch.randperm(len(x), generator=g)].tensor_split(blocks) for x in (a, b)]
     estimates = torch.tensor([squared_mmd(x, y) for x, y in zip(*parts, strict=True)], dtype=torch.float64)
-    return {"kid": estimates.mean().item(), "standard_error": estimates.std().item() / math.sqrt(blocks),
-            "blocks": blocks, "seed": seed}  # fmt: skip
+    return {
+        "kid": estimates.mean().item(),
+        "standard_error": estimates.std().item() / math.sqrt(blocks),
+        "blocks": blocks,
+        "seed": seed,
+    }
 
 
 def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -448,28 +172,26 @@ def label_agreement(logits: torch.Tensor, labels: torch.Tensor, classes: list[st
         raise UserError(f"label {outside[0]} is out of range: the classifier knows the labels 0 to {len(classes) - 1}")
     agrees = (logits.argmax(1) == labels).double()
     confidence = logits.double().softmax(1)[torch.arange(len(labels)), labels]
-    per_class = [{"label": label, "class": classes[label], "count": int((labels == label).sum()),
-                  "agreement": agrees[labels == label].mean().item(),
-                  "confidence": confidence[labels == label].mean().item()}
-                 for label in labels.unique().tolist()]  # fmt: skip
+    per_class = [
+        {
+            "label": label,
+            "class": classes[label],
+            "count": int((labels == label).sum()),
+            "agreement": agrees[labels == label].mean().item(),
+            "confidence": confidence[labels == label].mean().item(),
+        }
+        for label in labels.unique().tolist()
+    ]
     mean = agrees.mean().item()
-    return {"agreement": mean, "standard_error": math.sqrt(mean * (1 - mean) / len(labels)),
-            "confidence": confidence.mean().item(), "per_class": per_class}  # fmt: skip
+    return {
+        "agreement": mean,
+        "standard_error": math.sqrt(mean * (1 - mean) / len(labels)),
+        "confidence": confidence.mean().item(),
+        "per_class": per_class,
+    }
 
 
 # --- samples against a data set -----------------------------------------------------------------------------------
-
-
-def check_shape(net: FeatureNet, images: torch.Tensor) -> None:
-    there, here = (" x ".join(map(str, (*s[1:], s[0]))) for s in (tuple(images.shape[1:]), net.image_shape))
-    if there != here:
-        raise UserError(f"the images are {there} (height x width x channels), the feature classifier expects {here}")
-
-
-def shrink(net: FeatureNet, images: torch.Tensor) -> torch.Tensor:
-    """Larger square images as small as the classifier takes them; others as they are."""
-    size = net.image_shape[-1]
-    return resize(images, size) if images.shape[-2] == images.shape[-1] > size else images
 
 
 def check_samples(images) -> torch.Tensor:
@@ -484,8 +206,10 @@ def check_samples(images) -> torch.Tensor:
 
 def check_count(count: int, dimensions: int) -> None:
     if count <= dimensions:
-        raise UserError(f"{count} samples do not determine the covariance of {dimensions} features, so a Frechet "
-                        f"distance would mean nothing: make at least {dimensions + 1}, better 5,000")  # fmt: skip
+        raise UserError(
+            f"{count} samples do not determine the covariance of {dimensions} features, so a Frechet "
+            f"distance would mean nothing: make at least {dimensions + 1}, better 5,000"
+        )
 
 
 @contextlib.contextmanager
@@ -516,12 +240,22 @@ def compare(x: torch.Tensor, reference: dict[str, torch.Tensor], k: int = 3, see
     return result | {
         "frechet_distance_to_train": frechet(*statistics(x), reference["train_mean"], reference["train_cov"]),
         "kernel_distance": kid(x, test, seed),
-        "precision": precision, "recall": recall, "precision_recall_settings": {"k": k, "count": pairs, "seed": seed},
-    }  # fmt: skip
+        "precision": precision,
+        "recall": recall,
+        "precision_recall_settings": {"k": k, "count": pairs, "seed": seed},
+    }
 
 
-def evaluate_samples(images, labels=None, data_name: str = "fashion_mnist", features_name: str | None = None,
-                     k: int = 3, seed: int = 0, draws: int = 100, need_labels: bool = False) -> dict:  # fmt: skip
+def evaluate_samples(
+    images,
+    labels=None,
+    data_name: str = "fashion_mnist",
+    features_name: str | None = None,
+    k: int = 3,
+    seed: int = 0,
+    draws: int = 100,
+    need_labels: bool = False,
+) -> dict:
     """Compare samples (uint8, N x H x W x C; labels int64, N, or None) with the test split of a data set.
 
     features_name: the feature classifier, by default the data set's own; "inception" is the standard FID's network. For the
@@ -542,13 +276,15 @@ def evaluate_samples(images, labels=None, data_name: str = "fashion_mnist", feat
     check_shape(net, x)
     check_count(len(x), net.head.in_features)
     reference, facts = load_reference(data_name, net, image_size)
-    sample_features, logits = features(net, x)
+    sample_features, logits = features_of(net, x)
     result = {
-        "samples": len(x), "image_size": image_size, "data": Path(data_name).name,
+        "samples": len(x),
+        "image_size": image_size,
+        "data": Path(data_name).name,
         "reference": {"split": "test", "images": facts["test_images"], "sha256": facts["sha256"]},
         "features": {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256},
         **compare(sample_features, reference, k, seed, draws),
-    }  # fmt: skip
+    }
     if labels is not None and net.name == Path(data_name).name:
         result["labels"] = label_agreement(logits, torch.as_tensor(labels).long(), net.classes)
     return result
@@ -578,19 +314,25 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0) -> d
         return torch.cat([inception(part.contiguous()) for part in progress(x.split(50), desc="Inception")])
 
     fake, real = inception_features(images), inception_features(test.images)
-    return {"data": Path(data_name).name, "reference": {"split": "test", "images": len(test)},
-            "features": {"name": "inception-v3-compat", "dimensions": 2048},
-            "frechet_distance": frechet_features(fake, real), "kernel_distance": kid(fake, real, seed)}  # fmt: skip
+    return {
+        "data": Path(data_name).name,
+        "reference": {"split": "test", "images": len(test)},
+        "features": {"name": "inception-v3-compat", "dimensions": 2048},
+        "frechet_distance": frechet_features(fake, real),
+        "kernel_distance": kid(fake, real, seed),
+    }
 
 
-def nearest_neighbours(samples: torch.Tensor, data: ImageData, net: FeatureNet | None = None, k: int = 1,
-                       chunk: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def nearest_neighbours(
+    samples: torch.Tensor, data: ImageData, net: FeatureNet | None = None, k: int = 1, chunk: int = 2000
+) -> tuple[torch.Tensor, torch.Tensor]:
     """For each sample (uint8, N x C x H x W) the k nearest images of `data`: indices and distances, both N x k.
 
     Distances are Euclidean, between pixels (0..255) or, where a classifier is given, between its features.
     """
+
     def embed(images):
-        return features(net, images)[0] if net else images.flatten(1).float()
+        return features_of(net, images)[0] if net else images.flatten(1).float()
 
     there, here = tuple(samples.shape[1:]), tuple(data.images.shape[1:])
     if there != here:
@@ -625,7 +367,9 @@ def model_images(data_name: str | None, config: dict, count: int) -> tuple[torch
     index = torch.arange(count) * len(data) // count
     classes = config["model"].get("num_classes")
     labels = data.labels[index] if classes and data.labels is not None else None
-    if labels is not None and (len(data.classes) != classes or config["data"].get("classes", data.classes) != data.classes):
+    if labels is not None and (
+        len(data.classes) != classes or config["data"].get("classes", data.classes) != data.classes
+    ):
         raise UserError(f"the classes of {name} are not those of the model: give another --data")
     return to_model(data.images[index]), labels, data.name
 
@@ -651,8 +395,15 @@ def predict_noise(model, diffusion, images, t, noise, labels, batch_size) -> tor
 
 
 @torch.inference_mode()
-def noise_error(model, diffusion, images: torch.Tensor, labels: torch.Tensor | None = None, bins: int = 20,
-                seed: int = 0, batch_size: int = 250) -> dict:  # fmt: skip
+def noise_error(
+    model,
+    diffusion,
+    images: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    bins: int = 20,
+    seed: int = 0,
+    batch_size: int = 250,
+) -> dict:
     """Held-out mean squared error of the predicted noise (Ho et al. 2020, eq. 14), in total and against t.
 
     Each image (float, in [-1, 1], N x C x H x W) is seen at one t in each of `bins` equal ranges of t. Comparable
@@ -670,8 +421,16 @@ def noise_error(model, diffusion, images: torch.Tensor, labels: torch.Tensor | N
         mean, se, share = errors.mean().item(), standard_error(errors), (last - first) / T
         per_range.append({"t_from": first, "t_to": last - 1, "mse": mean, "standard_error": se})
         total, variance = total + share * mean, variance + (share * se) ** 2
-    return {"mse": total, "standard_error": math.sqrt(variance), "per_t": per_range, "images": len(images),
-            "labels": labels is not None, "timesteps": T, "schedule": diffusion.schedule, "seed": seed}  # fmt: skip
+    return {
+        "mse": total,
+        "standard_error": math.sqrt(variance),
+        "per_t": per_range,
+        "images": len(images),
+        "labels": labels is not None,
+        "timesteps": T,
+        "schedule": diffusion.schedule,
+        "seed": seed,
+    }
 
 
 def standard_error(x: torch.Tensor) -> float:
@@ -693,9 +452,16 @@ def log_discretized_gaussian(x: torch.Tensor, mean: torch.Tensor, sigma: float) 
 
 
 @torch.inference_mode()
-def variational_bound(model, diffusion, images: torch.Tensor, labels: torch.Tensor | None = None,
-                      variance: str = "beta", clip: bool = True, seed: int = 0, batch_size: int = 250,
-                      ) -> dict:  # fmt: skip
+def variational_bound(
+    model,
+    diffusion,
+    images: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    variance: str = "beta",
+    clip: bool = True,
+    seed: int = 0,
+    batch_size: int = 250,
+) -> dict:
     """The bound L_T + sum of L_t + L_0 on -log p (Ho et al. 2020, eq. 5 and section 3.3) in bits/dim.
 
     images: float N x C x H x W with the 256 levels of [-1, 1]. With our 0-based t the terms are: L_0 at t = 0, the
@@ -740,18 +506,34 @@ def variational_bound(model, diffusion, images: torch.Tensor, labels: torch.Tens
             v1, v2, c = (table[t].view(-1, 1, 1, 1) for table in (posterior, sigma2, coef))
             terms = 0.5 * ((v2 / v1).log() + v1 / v2 - 1 + (c * (x0 - predicted)).square() / v2)
         terms = terms.flatten(1).sum(1) * nats_to_bits
-        per_range.append({"t_from": first, "t_to": last - 1, "bits_per_dim_per_step": terms.mean().item(),
-                          "standard_error": standard_error(terms)})  # fmt: skip
+        per_range.append(
+            {
+                "t_from": first,
+                "t_to": last - 1,
+                "bits_per_dim_per_step": terms.mean().item(),
+                "standard_error": standard_error(terms),
+            }
+        )
         per_image += (last - first) * terms
     if not per_image.isfinite().all():
         raise UserError("the bound is not finite: the model's predictions are too far off")
     kl = sum(r["bits_per_dim_per_step"] * (r["t_to"] - r["t_from"] + 1) for r in per_range[1:])
     return {
-        "bits_per_dim": per_image.mean().item(), "standard_error": standard_error(per_image),
-        "L_T": prior.mean().item(), "sum_of_L_t": kl, "L_0": per_range[0]["bits_per_dim_per_step"],
-        "per_t": per_range, "images": len(images), "dimensions": dims, "labels": labels is not None,
-        "variance": variance, "clip": clip, "timesteps": T, "schedule": diffusion.schedule, "seed": seed,
-    }  # fmt: skip
+        "bits_per_dim": per_image.mean().item(),
+        "standard_error": standard_error(per_image),
+        "L_T": prior.mean().item(),
+        "sum_of_L_t": kl,
+        "L_0": per_range[0]["bits_per_dim_per_step"],
+        "per_t": per_range,
+        "images": len(images),
+        "dimensions": dims,
+        "labels": labels is not None,
+        "variance": variance,
+        "clip": clip,
+        "timesteps": T,
+        "schedule": diffusion.schedule,
+        "seed": seed,
+    }
 
 
 def timestep_ranges(timesteps: int, growth: float = 1.25) -> list[int]:
@@ -808,19 +590,26 @@ def sanity(data_name: str, n: int = 5000, seed: int = 0) -> dict:
     sets["noise only"] = torch.randint(256, x.shape, generator=g, dtype=torch.uint8)
     rows = []
     for name, images in sets.items():
-        rows.append({"name": name, "count": len(images), **compare(features(net, images)[0], reference, seed=seed)})
+        rows.append({"name": name, "count": len(images), **compare(features_of(net, images)[0], reference, seed=seed)})
     return {
-        "data": Path(data_name).name, "seed": seed, "sets": rows, "curve": count_curve(net, train, reference, seed),
+        "data": Path(data_name).name,
+        "seed": seed,
+        "sets": rows,
+        "curve": count_curve(net, train, reference, seed),
         "reference": {"split": "test", "images": facts["test_images"], "sha256": facts["sha256"]},
-        "features": {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256,
-                     "test_accuracy": net.test_accuracy},
-    }  # fmt: skip
+        "features": {
+            "name": net.name,
+            "dimensions": net.head.in_features,
+            "sha256": net.sha256,
+            "test_accuracy": net.test_accuracy,
+        },
+    }
 
 
 def count_curve(net: FeatureNet, train: ImageData, reference: dict, seed: int, repeats: int = 10) -> list[dict]:
     """Training images against the test split, by their number: the Frechet distance's mean and spread over subsets, and
     precision and recall of the first subset."""
-    x, test = features(net, train.images)[0], reference["test_features"].float()
+    x, test = features_of(net, train.images)[0], reference["test_features"].float()
     counts = [count for count in (200, 500, 1000, 2000, 5000, 10_000, 20_000) if x.shape[1] < count <= len(x)]
     curve = []
     for count in counts:
@@ -830,8 +619,16 @@ def count_curve(net: FeatureNet, train: ImageData, reference: dict, seed: int, r
         pairs = min(count, len(test))
         some_test = test[torch.randperm(len(test), generator=generator(seed, count))[:pairs]]
         precision, recall = precision_recall(some_test, subsets[0][:pairs])
-        curve.append({"count": count, "mean": float(np.mean(values)), "repeats": repeats, "standard_deviation":
-                      float(np.std(values, ddof=1)), "precision": precision, "recall": recall})  # fmt: skip
+        curve.append(
+            {
+                "count": count,
+                "mean": float(np.mean(values)),
+                "repeats": repeats,
+                "standard_deviation": float(np.std(values, ddof=1)),
+                "precision": precision,
+                "recall": recall,
+            }
+        )
     return curve
 
 
@@ -858,8 +655,14 @@ def run_model(args, measure) -> dict:
     model, diffusion, config = load_checkpoint(args.checkpoint, args.weights, pick_device(args.device))
     images, labels, data_name = model_images(args.data, config, args.n)
     result = measure(model, diffusion, images, labels, seed=args.seed, batch_size=args.batch_size)
-    return {"checkpoint": args.checkpoint.name, "sha256": sha256(args.checkpoint), "weights": config["weights"],
-            "data": data_name, "split": "test", **result}  # fmt: skip
+    return {
+        "checkpoint": args.checkpoint.name,
+        "sha256": sha256(args.checkpoint),
+        "weights": config["weights"],
+        "data": data_name,
+        "split": "test",
+        **result,
+    }
 
 
 def run_noise_error(args) -> dict:
@@ -892,8 +695,11 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("train-features", run_train_features, "train a data set's feature classifier and store references")
     sub.add_argument("name", help="the data set")
 
-    sub = command("sanity", run_sanity, "measure real, damaged, mode-dropped and memorised images, "
-                  "by default to report/results/sanity_DATA.json")  # fmt: skip
+    sub = command(
+        "sanity",
+        run_sanity,
+        "measure real, damaged, mode-dropped and memorised images, by default to report/results/sanity_DATA.json",
+    )
     sub.add_argument("--data", default="fashion_mnist", help="the data set")
     sub.add_argument("--n", type=positive, default=5000, help="images in each set")
 

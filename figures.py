@@ -15,7 +15,8 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from utils import ROOT, atomic_path, image_grid, load_data, sha256, to_uint8, write_json
+from image_data import load_data
+from utils import ROOT, atomic_path, image_grid, sha256, to_uint8, write_json
 
 FIGURES = ROOT / "report/figures"
 PICTURES = ROOT / "report/pictures"
@@ -42,13 +43,24 @@ WEIGHTS_STYLE = {
 
 TEXT_WIDTH = 6.7  # inches, on A4
 STYLE = {
-    "figure.dpi": 100, "savefig.dpi": 200,
-    "font.family": "DejaVu Sans", "font.size": 9.5, "axes.titlesize": 9.5, "legend.fontsize": 8.5,
-    "lines.linewidth": 1.6, "lines.markersize": 4,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 9.5,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "legend.frameon": False,
     # text as outlines, numbered without a random salt, no date: the same figure is the same bytes
-    "svg.fonttype": "path", "svg.hashsalt": "ddpm", "image.composite_image": False,
-}  # fmt: skip
+    "svg.fonttype": "path",
+    "svg.hashsalt": "ddpm",
+    "image.composite_image": False,
+}
 
 
 def use_style():
@@ -129,7 +141,11 @@ def real_images(name, count=8):
     if not path.is_file():
         data = load_data(name, "test")
         labels = data.labels if data.labels is not None and len(data.classes) == 10 else None
-        index = [i * len(data) // count for i in range(count)] if labels is None else [int((labels == label).nonzero()[0]) for label in range(10)]
+        index = (
+            [i * len(data) // count for i in range(count)]
+            if labels is None
+            else [int((labels == label).nonzero()[0]) for label in range(10)]
+        )
         strip = image_grid(data.images[index], len(index), padding=0)
         with atomic_path(path) as temporary:
             Image.fromarray(strip).save(temporary)
@@ -169,7 +185,9 @@ def labelled_rows(rows, column_labels=None, scale=4, width=TEXT_WIDTH, gap=1):
     axes.xaxis.tick_top()
     pitch_x, pitch_y = (side + gap) * scale, (height + gap) * scale
     longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
-    font_size = min(plt.rcParams["font.size"], 72 * picture_width / count / (0.6 * longest))  # so that labels do not touch
+    font_size = min(
+        plt.rcParams["font.size"], 72 * picture_width / count / (0.6 * longest)
+    )  # so that labels do not touch
     axes.set_xticks([gap * scale / 2 + (i + 0.5) * pitch_x for i in range(len(labels))], labels, fontsize=font_size)
     axes.set_yticks([gap * scale / 2 + (i + 0.5) * pitch_y for i in range(len(rows))], list(rows))
     return fig

@@ -155,7 +155,9 @@ class Attention(nn.Module):
         return x + self.out(from_heads(self.attend(q, k, v), *x.shape[2:]))
 
     def attend(self, q, k, v):
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # over a few dozen positions float32 is four times as fast
+        if (
+            q.device.type == "cpu" and q.dtype == torch.bfloat16
+        ):  # over a few dozen positions float32 is four times as fast
             with torch.autocast("cpu", enabled=False):
                 return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
         return F.scaled_dot_product_attention(q, k, v)

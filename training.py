@@ -29,61 +29,37 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from ddpm import Diffusion
-from modules import EMA, NETWORKS
+from image_data import augment
+from modules import EMA
 from utils import (
     UserError,
     atomic_path,
-    augment,
+    autocast,
     generator,
     is_out_of_memory,
     pick_device,
+    pick_precision,
     progress,
     save_grid,
     say,
     to_uint8,
     write_json,
 )
+from weights import (
+    build_diffusion,
+    build_model,
+    check_image_size,
+    image_shape,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+    select_weights,
+)
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_STEPS = 10**8  # more is a mistake, and the losses are kept in memory
 TIMED_STEPS = 20  # with --minutes: how many steps are timed before the run's length is fixed
-
-
-# --- precision -------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def pick_precision(device):
-    """The fastest precision that this device really has: bfloat16, else float16 on a GPU, else float32.
-
-    CPUs without bfloat16 units emulate it, up to 100 times slower, and do not say so: a small matrix product is timed.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    if device.type != "cpu":
-        return "float32"
-
-    def seconds(dtype):
-        a, best = torch.ones(256, 256, dtype=dtype), math.inf
-        for _ in range(4):
-            start = time.perf_counter()
-            a @ a
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    return "bfloat16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "float32"
-
-
-def autocast(device, precision=None):
-    """A context in which networks compute in `precision` (None: what suits the device)."""
-    precision = precision or pick_precision(device)
-    return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "float32")
 
 
 def keep_freed_memory():
@@ -94,154 +70,16 @@ def keep_freed_memory():
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that glibc takes
 
 
-# --- checkpoints: safetensors, with the configuration inside ---------------------------------------------------------
-
-
-def build_model(config):
-    """A network from its configuration, e.g. {"name": "PatchUNet", "width": 48}."""
-    try:
-        arguments = dict(config)
-        return NETWORKS[arguments.pop("name")](**arguments)
-    except Exception as error:  # a checkpoint may ask for anything, and PyTorch's layers raise what they like
-        raise UserError(f"this network cannot be built from {config}: {error}") from error
-
-
-def build_diffusion(config):
-    """A Diffusion from its configuration, e.g. {"timesteps": 1000, "schedule": "linear"}."""
-    try:
-        return Diffusion(**config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"this diffusion process cannot be built from {config}: {error}") from error
-
-
-def image_shape(model, config):
-    """(C, H, W) of the images that a model works on."""
-    return (model.channels, *[config["data"]["image_size"]] * 2)
-
-
-def check_image_size(model, size):
-    if not isinstance(size, int) or size < 1 or size % model.size_multiple:
-        raise UserError(f"this network needs an --image-size that {model.size_multiple} divides, not {size}")
-
-
-def images_seen(settings):
-    """How many images a run of these settings (config["train"]) has seen, with those of the run it was started from."""
-    before = (settings.get("init") or {}).get("images", 0)
-    return settings["steps"] * settings["batch_size"] + before
-
-
-def save_checkpoint(path, weights, config, losses=None, half=False):
-    """Write {"raw": state_dict, "ema_0.999": state_dict, ...} with the configuration to one safetensors file.
-
-    losses: the training loss of every step. half: store the weights in float16, as published files do.
-    """
-    tensors = {f"{kind}/{name}": w for kind, state in weights.items() for name, w in state.items()}
-    # After a copy each tensor owns its memory and is contiguous, as the format wants.
-    tensors = {n: w.detach().to("cpu", torch.float16 if half else None, copy=True, memory_format=torch.contiguous_format)
-               for n, w in tensors.items()}  # fmt: skip
-    if losses is not None:
-        tensors["losses"] = losses.cpu().contiguous()
-    contents = save(tensors, metadata={"config": json.dumps(config, sort_keys=True)})
-    with atomic_path(path) as temporary:  # not save_file, which hides that the disk is full in an error of its own
-        temporary.write_bytes(contents)
-
-
-def read_checkpoint(path):
-    """All tensors (float32) and the configuration of a safetensors checkpoint."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {})["config"])
-            for section in ("model", "diffusion", "data"):
-                config[section].items()
-            [f"{beta:g}" for beta in config["train"]["ema_betas"]]
-            f"{images_seen(config['train']):d}"
-            return {name: file.get_tensor(name).float() for name in file.keys()}, config
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is not a checkpoint of this project, or it is damaged: {error}") from error
-
-
-def find_kind(tensors, kind, config, path="the checkpoint"):
-    """The kind of weights that is meant: "raw", "ema_BETA", or for "ema" the first of the run's --ema-beta that is there.
-
-    None is "ema", or "raw" where there is no average. Raises UserError.
-    """
-    kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
-    if kind is None:
-        kind = "ema" if any(k.startswith("ema") for k in kinds) else "raw"
-    if kind == "ema" and kind not in kinds:
-        of_run = [f"ema_{beta:g}" for beta in config["train"]["ema_betas"]]  # a published file may hold some of them
-        kind = next((k for k in of_run if k in kinds), kind)
-    if kind not in kinds:
-        raise UserError(f"{path} has no {kind} weights, only {', '.join(kinds)}")
-    return kind
-
-
-def select_weights(tensors, kind, config, path="the checkpoint"):
-    """The state dict of one kind of weights (see `find_kind`)."""
-    kind = find_kind(tensors, kind, config, path)
-    return {name.removeprefix(f"{kind}/"): w for name, w in tensors.items() if name.startswith(f"{kind}/")}
-
-
-def read_course_checkpoint(path):
-    """Weights and configuration of one of the course's .pt files, a pickled state dict, read as data only."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {name.removeprefix("module."): w.float() for name, w in weights.items()}
-        channels, width = weights["outc.weight"].shape[:2]
-    except OSError as error:
-        raise UserError(f"no checkpoint at {path}: {error.strerror}") from error
-    except Exception as error:  # torch.load raises whatever the bytes happen to provoke
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a state dict of the course's networks, or it is damaged: {reason}") from error
-    model = {"name": "UNet", "channels": channels, "width": width}
-    if "label_emb.weight" in weights:
-        model |= {"name": "UNet_conditional", "num_classes": len(weights["label_emb.weight"])}
-    return weights, {"model": model, "diffusion": {"timesteps": 1000, "schedule": "linear"}, "data": {"image_size": 64}}
-
-
-def load_weights(model, weights, path):
-    """load_state_dict, but an error names the first tensor that does not fit."""
-    own = model.state_dict()
-    for name in [*own, *weights]:
-        there, here = (tuple(w[name].shape) if name in w else "nothing" for w in (weights, own))
-        if there != here:
-            raise UserError(f"{path} does not fit the network: {name} is {there} in the file, {here} in the network")
-    model.load_state_dict(weights)
-
-
-def load_checkpoint(path, weights=None, device="cpu"):
-    """(model in eval mode, Diffusion, config) from a safetensors checkpoint or a course .pt file.
-
-    weights: None (the average where there is one), "raw", "ema", or "ema_BETA"; config["weights"] says which was read.
-    Raises UserError.
-    """
-    if Path(path).suffix == ".pt":
-        state, config = read_course_checkpoint(path)
-        if weights not in (None, "raw"):
-            raise UserError(f"{path} has no {weights} weights, only raw")
-        config["weights"] = "raw"
-    else:
-        tensors, config = read_checkpoint(path)
-        config["weights"] = find_kind(tensors, weights, config, path)
-        state = select_weights(tensors, config["weights"], config, path)
-    model = build_model(config["model"])
-    load_weights(model, state, path)
-    check_image_size(model, config["data"].get("image_size"))
-    model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return model, build_diffusion(config["diffusion"]).to(device), config
-
-
 # --- state: what an interrupted run needs to go on -------------------------------------------------------------------
 
 
 # The names that a run gives its files, so that no other file in its folder is ever deleted.
 HEX = "[0-9a-f]"
 STATES = f"state_{'[0-9]' * 8}_{HEX * 16}.pt"
-HALF_WRITTEN = [f".{name}-{HEX * 8}.{suffix}" for name, suffix in
-                (("state_*", "pt"), ("samples_*", "png"), ("model", "safetensors"), ("config", "json"))]  # fmt: skip
+HALF_WRITTEN = [
+    f".{name}-{HEX * 8}.{suffix}"
+    for name, suffix in (("state_*", "pt"), ("samples_*", "png"), ("model", "safetensors"), ("config", "json"))
+]
 
 
 def save_state(folder, state, good=()):
@@ -308,7 +146,9 @@ def stop_signals():
     received = []
 
     def handler(number, frame):
-        if received and number == signal.SIGINT:  # a second SIGTERM may be torchrun's, which passes on what all received
+        if (
+            received and number == signal.SIGINT
+        ):  # a second SIGTERM may be torchrun's, which passes on what all received
             raise KeyboardInterrupt
         received.append(number)
 
@@ -405,8 +245,9 @@ def draw_batch(data, config, step, timesteps):
     return x0, t, noise, labels
 
 
-def train(config, data, out, resume=False, device="auto", minutes=None, sample_every=0, compile=False, accumulate=1,
-          init=None):  # fmt: skip
+def train(
+    config, data, out, resume=False, device="auto", minutes=None, sample_every=0, compile=False, accumulate=1, init=None
+):
     """Train as `config` says and return the path of the finished model.safetensors.
 
     init: a checkpoint whose weights a new run starts from, instead of random ones.
@@ -420,8 +261,10 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
         raise UserError(f"a run needs a folder of its own, such as --out runs/NAME, not {str(out)!r}")
     with process_group(device) as (rank, world), contextlib.ExitStack() as stack:
         if config["train"]["batch_size"] % (world * accumulate):
-            raise UserError(f"--batch-size {config['train']['batch_size']} must be a multiple of processes x "
-                            f"--accumulate = {world * accumulate}")  # fmt: skip
+            raise UserError(
+                f"--batch-size {config['train']['batch_size']} must be a multiple of processes x "
+                f"--accumulate = {world * accumulate}"
+            )
         held = None
         if rank == 0:
             try:
@@ -439,12 +282,15 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
             if world > 1 and "closed by peer" in str(error):
                 raise UserError("another process has failed: see its message") from error
             if compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise UserError("torch.compile does not work here (has this machine a C++ compiler?): leave --compile "
-                                "out") from error  # fmt: skip
+                raise UserError(
+                    "torch.compile does not work here (has this machine a C++ compiler?): leave --compile out"
+                ) from error
             if not is_out_of_memory(error):
                 raise
-            raise UserError(f"out of memory: try --batch-size {max(1, config['train']['batch_size'] // 2)}, or the same "
-                            f"batch in smaller parts with --accumulate {2 * accumulate}") from error  # fmt: skip
+            raise UserError(
+                f"out of memory: try --batch-size {max(1, config['train']['batch_size'] // 2)}, or the same "
+                f"batch in smaller parts with --accumulate {2 * accumulate}"
+            ) from error
     return out / "model.safetensors"
 
 
@@ -464,8 +310,10 @@ def check_settings(config, started, out):
         for name in {**config[section], **started.get(section, {})}:
             here, there = config[section].get(name), started.get(section, {}).get(name)
             if here != there and name != "steps":
-                raise UserError(f"{out} was started with {name} = {there}, not {here}: --resume goes on with the same "
-                                "settings only; use another --out")  # fmt: skip
+                raise UserError(
+                    f"{out} was started with {name} = {there}, not {here}: --resume goes on with the same "
+                    "settings only; use another --out"
+                )
 
 
 class Run:
@@ -530,19 +378,28 @@ class Run:
         settings = self.config["train"]
         take_over(settings, json.loads(state["config"])["train"])
         if settings["steps"] is not None and settings["steps"] < state["step"]:
-            raise UserError(f"the run in {self.out} has made {state['step']} steps already, more than {settings['steps']}")
+            raise UserError(
+                f"the run in {self.out} has made {state['step']} steps already, more than {settings['steps']}"
+            )
         return state
 
     def save(self):
         start = time.monotonic()
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.diverged(self.step)
-        self.states = save_state(self.out, {
-            "config": json.dumps(self.config, sort_keys=True), "step": self.step, "losses": self.losses.cpu().clone(),
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "emas": {kind: ema_model.state_dict() for kind, ema_model in self.ema_models.items()},
-            "scaler": self.scaler.state_dict(),
-        }, self.states)  # fmt: skip
+        self.states = save_state(
+            self.out,
+            {
+                "config": json.dumps(self.config, sort_keys=True),
+                "step": self.step,
+                "losses": self.losses.cpu().clone(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "emas": {kind: ema_model.state_dict() for kind, ema_model in self.ema_models.items()},
+                "scaler": self.scaler.state_dict(),
+            },
+            self.states,
+        )
         self.last_good, self.saved_at = self.step, time.monotonic()
         self.save_seconds = self.saved_at - start
 
@@ -673,8 +530,10 @@ class Run:
         if self.rank == 0 and minutes and self.step >= steps:
             say(f"the run's length was fixed at {steps} steps: --epochs makes it longer, --minutes does not")
         if self.rank == 0 and self.emas and steps <= start:
-            say(f"the averages begin at step {start}, and the run ends at {steps}: they will be copies of the raw weights "
-                "(--ema-start)")  # fmt: skip
+            say(
+                f"the averages begin at step {start}, and the run ends at {steps}: they will be copies of the raw weights "
+                "(--ema-start)"
+            )
 
     def stop(self):
         if self.rank == 0:

@@ -40,16 +40,24 @@ def execute_notebook(path, out, timeout=600):
     cells = sum(cell.cell_type == "code" for cell in notebook.cells)
     with progress(total=cells, desc=path.stem, unit="cell") as bar:
         client = NotebookClient(
-            notebook, timeout=timeout, startup_timeout=timeout, kernel_name="python3",
-            resources={"metadata": {"path": str(path.parent)}}, record_timing=False, coalesce_streams=True, on_cell_executed=lambda **_: bar.update(),
+            notebook,
+            timeout=timeout,
+            startup_timeout=timeout,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(path.parent)}},
+            record_timing=False,
+            coalesce_streams=True,
+            on_cell_executed=lambda **_: bar.update(),
             extra_arguments=["--log-level=ERROR"],  # ipykernel's warning about local TCP would break the bar
-        )  # fmt: skip
+        )
         try:
             client.execute()
         except CellTimeoutError:
             raise UserError(f"a cell of {path.name} took more than {timeout} s") from None
         except DeadKernelError as error:
-            raise UserError(f"the kernel of {path.name} died, most likely because memory was full: close other programs") from error
+            raise UserError(
+                f"the kernel of {path.name} died, most likely because memory was full: close other programs"
+            ) from error
         except CellExecutionError as error:
             raise UserError(f"{path.name} failed: {error.ename}: {error.evalue} (open it to see the cell)") from error
         except RuntimeError as error:  # the kernel died, or another took its port, before it answered
@@ -96,7 +104,11 @@ def stale_sources(value, data=None):
     if isinstance(features := value.get("features"), dict):
         claims.append((f"features_{features.get('name')}.safetensors", features.get("sha256")))
     # the reference of another classifier's features is computed, not shipped
-    if isinstance(reference := value.get("reference"), dict) and isinstance(features, dict) and features.get("name") == data:
+    if (
+        isinstance(reference := value.get("reference"), dict)
+        and isinstance(features, dict)
+        and features.get("name") == data
+    ):
         claims.append((f"reference_{data}.safetensors", reference.get("sha256")))
     stale = []
     for name, recorded in claims:
@@ -118,11 +130,13 @@ def available():
         about = json.loads(path.read_text())
         for source, recorded in about["sources"].items():
             if not (ROOT / source).is_file() or sha256(ROOT / source) != recorded:
-                raise UserError(f"{about['file']} was drawn from another {source}: run `python report/build.py notebooks`")
+                raise UserError(
+                    f"{about['file']} was drawn from another {source}: run `python report/build.py notebooks`"
+                )
         figures[path.stem] = about["file"]
     for path in sorted(RESULTS.glob("*.json")):
         for name, why in stale_sources(json.loads(path.read_text())):
-            raise UserError(f"{path.relative_to(ROOT)} was made from a {name} that {why}: run its \"command\" again")
+            raise UserError(f'{path.relative_to(ROOT)} was made from a {name} that {why}: run its "command" again')
         results.append(path.stem)
     return {"figures": figures, "results": results}
 
@@ -140,8 +154,12 @@ def build_pdf(lastname, out=None):
     inputs = {"lastname": lastname, "available": json.dumps(available())}
     try:
         pdf = typst.compile(
-            REPORT / "report.typ", root=REPORT, ignore_system_fonts=True, sys_inputs=inputs, timestamp=TIMESTAMP,
-        )  # fmt: skip
+            REPORT / "report.typ",
+            root=REPORT,
+            ignore_system_fonts=True,
+            sys_inputs=inputs,
+            timestamp=TIMESTAMP,
+        )
     except typst.TypstError as error:
         raise UserError(f"report.typ does not compile: {error}") from error
     with atomic_path(out) as temporary:

@@ -9,16 +9,24 @@ is typed by hand, and a test can tell when one is out of date.
 import re
 
 from figures import CHECKPOINTS, RESULTS, read_result
-from training import images_seen, read_checkpoint
 from utils import ROOT, UserError
+from weights import images_seen, read_checkpoint
 
 PAGES = ("README.md", "checkpoints/README.md")
 DATA = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "landscapes": "landscapes"}
 AIMS = {  # gains, or ours, set for a CPU with bfloat16 units
-    "train_28": "2.5x", "train_course_32": "2.5x", "train_course_64": "2.5x", "train_course_64_memory": "3x", "sample": "20x",
-    "train_default_share": "65 %", "train_course_32_share": "50 %", "guided": "60x", "data_fashion_mnist": "50x",
-    "data_crops": "10x", "quality_minutes": "5x",
-}  # fmt: skip
+    "train_28": "2.5x",
+    "train_course_32": "2.5x",
+    "train_course_64": "2.5x",
+    "train_course_64_memory": "3x",
+    "sample": "20x",
+    "train_default_share": "65 %",
+    "train_course_32_share": "50 %",
+    "guided": "60x",
+    "data_fashion_mnist": "50x",
+    "data_crops": "10x",
+    "quality_minutes": "5x",
+}
 
 
 def table(header, rows):
@@ -30,8 +38,14 @@ def quality_cells(q):
     interval = q["frechet_bootstrap"]["interval_95"]
     labels = q.get("labels")
     precision, recall = (q[name] + 1e-9 for name in ("precision", "recall"))  # 0.835 becomes 0.84, as in the report
-    return [f"{q['frechet_distance']:.3f}", f"{interval[0]:.3f} to {interval[1]:.3f}", f"{precision:.2f}", f"{recall:.2f}",
-            f"{labels['agreement'] + 1e-9:.1%}" if labels else "", f"{q['samples']:,}"]  # fmt: skip
+    return [
+        f"{q['frechet_distance']:.3f}",
+        f"{interval[0]:.3f} to {interval[1]:.3f}",
+        f"{precision:.2f}",
+        f"{recall:.2f}",
+        f"{labels['agreement'] + 1e-9:.1%}" if labels else "",
+        f"{q['samples']:,}",
+    ]
 
 
 def results_table():
@@ -39,8 +53,10 @@ def results_table():
     from ddpm_unconditional import GRID
 
     rows = []
-    runs = sorted((r for r in (read_result("grid") or {"runs": []})["runs"] if r["name"] in GRID),
-                  key=lambda r: r["quality"]["frechet_distance"])  # fmt: skip
+    runs = sorted(
+        (r for r in (read_result("grid") or {"runs": []})["runs"] if r["name"] in GRID),
+        key=lambda r: r["quality"]["frechet_distance"],
+    )
     for which, run in {"best": runs[:1], "worst": runs[1:][-1:]}.items():
         for r in run:
             name = f"{which} of {len(runs)} experiments: {r['config']['diffusion']['schedule']}, {r['config']['train']['loss']}"
@@ -68,12 +84,14 @@ def features_table():
         if sanity:
             _, facts = read_features(name)
             floors = [f"{p['mean']:.3f} at {p['count']:,}" for p in sanity["curve"] if p["count"] in (1000, 2000)]
-            rows.append([DATA[name], f"{facts['test_accuracy']:.2%}", str(sanity["features"]["dimensions"]), ", ".join(floors)])
+            rows.append(
+                [DATA[name], f"{facts['test_accuracy']:.2%}", str(sanity["features"]["dimensions"]), ", ".join(floors)]
+            )
     return table(["classifier of", "test accuracy", "features", "the floor: as many training images"], rows)
 
 
 def read_features(name):
-    from evaluate import read_file
+    from weights import read_file
 
     return read_file(CHECKPOINTS / f"features_{name}.safetensors", "")
 
@@ -94,16 +112,34 @@ def speed_table():
             if row["turns"] > 1:
                 gain += f" ({row['gain']['min']:.3g} to {row['gain']['max']:.3g})"
             other = others.get(row["name"])
-            there = "" if not other else f"{other['ours']['median']:.3g} %" if row["unit"] == "%" else f"{other['gain']['median']:.3g}x"
+            there = (
+                ""
+                if not other
+                else f"{other['ours']['median']:.3g} %"
+                if row["unit"] == "%"
+                else f"{other['gain']['median']:.3g}x"
+            )
             rows.append([work(row), *value, gain, AIMS.get(row["name"], ""), there])
-    notes = "".join(f"\n- {work(row)}: {row['note']}" for row in benchmark["rows"] if row.get("unit") in ("s", "min") and "note" in row)
+    notes = "".join(
+        f"\n- {work(row)}: {row['note']}"
+        for row in benchmark["rows"]
+        if row.get("unit") in ("s", "min") and "note" in row
+    )
     header = ["work", "plain", "ours", "gain (min to max)", "aim", f"on an {earlier['machine']['cpu']}"]
     machine = benchmark["machine"]
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}, bfloat16 {'yes' if machine['bfloat16'] else 'no'}"
-    growth = [[row["what"], ", ".join(f"{x}: {point['median']:.3g} s" for x, point in row["points"].items())]
-              for row in benchmark["rows"] if row["name"].startswith("growth_")]  # fmt: skip
-    return "\n\n".join([table(header, rows) + f"\n{notes}", table(["how ours grows (medians)", "against: seconds"], growth),
-                        f"Measured on: {cpu}, torch {machine['torch']}."])  # fmt: skip
+    growth = [
+        [row["what"], ", ".join(f"{x}: {point['median']:.3g} s" for x, point in row["points"].items())]
+        for row in benchmark["rows"]
+        if row["name"].startswith("growth_")
+    ]
+    return "\n\n".join(
+        [
+            table(header, rows) + f"\n{notes}",
+            table(["how ours grows (medians)", "against: seconds"], growth),
+            f"Measured on: {cpu}, torch {machine['torch']}.",
+        ]
+    )
 
 
 def number(x):
@@ -121,17 +157,38 @@ def tried_table():
     if tried := rows.get("tried"):
         earlier = read_result("benchmark_amd_epyc")
         there = next(row for row in earlier["rows"] if row["name"] == "tried")
-        lines = [[what, f"{point['median']:.3f} s", speed_change(tried, what), speed_change(there, what)]
-                 for what, point in tried["points"].items()]  # fmt: skip
-        parts.append(table(["a training step of Point 1's network", "median", "speed", f"on an {earlier['machine']['cpu']}"], lines))
+        lines = [
+            [what, f"{point['median']:.3f} s", speed_change(tried, what), speed_change(there, what)]
+            for what, point in tried["points"].items()
+        ]
+        parts.append(
+            table(
+                ["a training step of Point 1's network", "median", "speed", f"on an {earlier['machine']['cpu']}"], lines
+            )
+        )
     if shapes := rows.get("shapes"):
-        lines = [[s["shape"], f"{s['parameters']:,}", f"{s['images_per_second']:.0f}", f"{s['steps']:,}", f"{s['frechet_distance']:.2f}"]
-                 for s in sorted(shapes["shapes"], key=lambda s: s["frechet_distance"])]  # fmt: skip
+        lines = [
+            [
+                s["shape"],
+                f"{s['parameters']:,}",
+                f"{s['images_per_second']:.0f}",
+                f"{s['steps']:,}",
+                f"{s['frechet_distance']:.2f}",
+            ]
+            for s in sorted(shapes["shapes"], key=lambda s: s["frechet_distance"])
+        ]
         parts.append(table([shapes["what"], "parameters", "images/s", "steps", "Fréchet"], lines))
     if compared := [row for name, row in rows.items() if name.startswith("samplers_")]:
         counts = sorted({int(steps) for row in compared for points in row["samplers"].values() for steps in points})
-        lines = [[f"`{row['checkpoint']}`", f"`{sampler}`", *(f"{points[str(n)]['frechet_distance']:.2f}" if str(n) in points else "" for n in counts)]
-                 for row in compared for sampler, points in row["samplers"].items()]  # fmt: skip
+        lines = [
+            [
+                f"`{row['checkpoint']}`",
+                f"`{sampler}`",
+                *(f"{points[str(n)]['frechet_distance']:.2f}" if str(n) in points else "" for n in counts),
+            ]
+            for row in compared
+            for sampler, points in row["samplers"].items()
+        ]
         parts.append(table([work(compared[0]), "sampler", *map(str, counts)], lines))
     return "\n\n".join(parts) or "Not measured yet: `python benchmark.py --only tried shapes`."
 
@@ -140,15 +197,17 @@ def reliability_lines():
     r = read_result("reliability")
     kill, disk, fuzz = r["kill"], r["disk_full"], r["fuzz"]
     train, other = disk["training"], disk["sample_publish_unpack"]
-    return "\n".join([
-        f"- `{kill['command']}`: {sum(kill['kills'].values())} kills, {kill['kills']['inside a save']} of them inside a save: "
-        f"{kill['runs_identical_to_the_unkilled']} of {kill['runs_finished']} finished runs have the bits of the unkilled one, "
-        f"{kill['unreadable_states_or_checkpoints']} unreadable files, {kill['saved_steps_lost']} saved steps lost.",
-        f"- `{disk['command']}`: the disk was full at {train['faults'] + other['faults']} moments; "
-        f"{train['survived_and_resumed_to_the_same_bits'] + other['survived_with_nothing_half_written']} times nothing was lost or half-written.",
-        f"- `{fuzz['command']}`: {fuzz['cases']:,} cases of odd flags and damaged files, {fuzz['refused_with_one_line']:,} refused with one line; "
-        f"tracebacks, hangs, half-written outputs, files in wrong places: {fuzz['tracebacks_hangs_half_written_or_outside']}.",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"- `{kill['command']}`: {sum(kill['kills'].values())} kills, {kill['kills']['inside a save']} of them inside a save: "
+            f"{kill['runs_identical_to_the_unkilled']} of {kill['runs_finished']} finished runs have the bits of the unkilled one, "
+            f"{kill['unreadable_states_or_checkpoints']} unreadable files, {kill['saved_steps_lost']} saved steps lost.",
+            f"- `{disk['command']}`: the disk was full at {train['faults'] + other['faults']} moments; "
+            f"{train['survived_and_resumed_to_the_same_bits'] + other['survived_with_nothing_half_written']} times nothing was lost or half-written.",
+            f"- `{fuzz['command']}`: {fuzz['cases']:,} cases of odd flags and damaged files, {fuzz['refused_with_one_line']:,} refused with one line; "
+            f"tracebacks, hangs, half-written outputs, files in wrong places: {fuzz['tracebacks_hangs_half_written_or_outside']}.",
+        ]
+    )
 
 
 def checkpoints_table():
@@ -162,20 +221,37 @@ def checkpoints_table():
         kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
         train, diffusion = config["train"], config["diffusion"]
         seen = images_seen(train)
-        how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}" + (", vlb" if diffusion.get("objective") == "vlb" else "")
+        how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}" + (
+            ", vlb" if diffusion.get("objective") == "vlb" else ""
+        )
         q = grid.get(path.stem) or read_result(f"samples_{path.stem}")
         if sweep := read_result(f"sweep_{path.stem.removesuffix('_conditional')}"):
-            q = q or min((r["quality"] for r in sweep["rows"] if r["weights"] == "ema"), key=lambda q: q["frechet_distance"])
-        rows.append([f"`{path.stem}`", DATA.get(config["data"]["name"], ""), how, f"{seen / 1e6:.2f} M ({seen / config['data']['images']:.3g} epochs)",
-                     str(train["seed"]), ", ".join(kinds), f"{path.stat().st_size / 1e6:.1f} MB",
-                     f"{q['frechet_distance']:.3f} ({q['samples']:,} samples)" if q else ""])  # fmt: skip
+            q = q or min(
+                (r["quality"] for r in sweep["rows"] if r["weights"] == "ema"), key=lambda q: q["frechet_distance"]
+            )
+        rows.append(
+            [
+                f"`{path.stem}`",
+                DATA.get(config["data"]["name"], ""),
+                how,
+                f"{seen / 1e6:.2f} M ({seen / config['data']['images']:.3g} epochs)",
+                str(train["seed"]),
+                ", ".join(kinds),
+                f"{path.stat().st_size / 1e6:.1f} MB",
+                f"{q['frechet_distance']:.3f} ({q['samples']:,} samples)" if q else "",
+            ]
+        )
     return table(["file", "data", "diffusion", "images seen", "seed", "weights", "size", "Fréchet"], rows)
 
 
 TABLES = {
-    "results": results_table, "features": features_table, "speed": speed_table, "tried": tried_table,
-    "reliability": reliability_lines, "checkpoints": checkpoints_table,
-}  # fmt: skip
+    "results": results_table,
+    "features": features_table,
+    "speed": speed_table,
+    "tried": tried_table,
+    "reliability": reliability_lines,
+    "checkpoints": checkpoints_table,
+}
 
 
 def fill(text):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+import image_data
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -24,7 +26,7 @@ def own_cache(tmp_path_factory, monkeypatch):
     """Decoded images go to a temporary folder, and notices that are said once are said again in each test."""
     import utils
 
-    monkeypatch.setattr(utils, "CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(image_data, "CACHE", tmp_path_factory.mktemp("cache"))
     utils.say.cache_clear()
 
 
@@ -49,7 +51,7 @@ def idx_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_data():
     """40 images of 8 x 8 in two classes: the left or the right half is bright."""
-    from utils import ImageData
+    from image_data import ImageData
 
     rng = np.random.default_rng(0)
     labels = torch.arange(40) % 2
@@ -65,10 +67,21 @@ def tiny_config(**train):
         "model": {"name": "PatchUNet", "channels": 1, "width": 8, "num_classes": 2},
         "diffusion": {"timesteps": 20, "schedule": "cosine", "objective": "simple"},
         "data": {"name": "halves", "image_size": 8, "flip": False, "images": 40, "classes": ["left", "right"]},
-        "train": {"loss": "huber", "steps": 12, "batch_size": 8, "lr": 1e-3, "optimizer": "adam", "seed": 0,
-                  "precision": "float32", "ema_betas": [0.5, 0.9], "ema_start": 2, "p_uncond": 0.2,
-                  "label_dropout": "example"} | train,
-    }  # fmt: skip
+        "train": {
+            "loss": "huber",
+            "steps": 12,
+            "batch_size": 8,
+            "lr": 1e-3,
+            "optimizer": "adam",
+            "seed": 0,
+            "precision": "float32",
+            "ema_betas": [0.5, 0.9],
+            "ema_start": 2,
+            "p_uncond": 0.2,
+            "label_dropout": "example",
+        }
+        | train,
+    }
 
 
 @pytest.fixture

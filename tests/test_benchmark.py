@@ -8,10 +8,12 @@ from conftest import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
+import image_data
 import training
 import utils
 from ddpm import Diffusion, beta_schedule, guided
 from modules import EMA
+from weights import build_model, read_checkpoint, save_checkpoint
 
 POINT_1 = {"name": "PatchUNet", "channels": 1, "width": 8, "num_classes": 2}
 COURSE = {"name": "UNet_conditional", "channels": 3, "width": 8, "num_classes": 3}
@@ -20,8 +22,9 @@ COURSE = {"name": "UNet_conditional", "channels": 3, "width": 8, "num_classes": 
 @pytest.fixture
 def fashion(idx_folder, monkeypatch):
     """The benchmark's "fashion_mnist" is the tests' small folder."""
+
     def load(name, *args, **settings):
-        return utils.load_data(idx_folder if name == "fashion_mnist" else name, *args, **settings)
+        return image_data.load_data(idx_folder if name == "fashion_mnist" else name, *args, **settings)
 
     monkeypatch.setattr(benchmark, "load_data", load)
 
@@ -40,7 +43,7 @@ def randomise(model):
 
 @pytest.mark.parametrize("config", [POINT_1, COURSE], ids=["point 1", "course"])
 def test_stored_attention_changes_neither_predictions_nor_gradients(config):
-    ours, plain = training.build_model(config), benchmark.plain_network(config)
+    ours, plain = build_model(config), benchmark.plain_network(config)
     plain.load_state_dict(randomise(ours).state_dict())
     x, t, labels = torch.randn(2, config["channels"], 16, 16), torch.tensor([3, 700]), torch.tensor([1, 0])
     outputs = [model(x, t, labels) for model in (ours, plain)]
@@ -59,7 +62,7 @@ def test_the_plain_network_really_stores_its_attention_matrices():
         return max(kept)
 
     matrix = 4 * (32 * 32) ** 2  # 4 heads at 32 x 32
-    assert largest_kept(benchmark.plain_network(COURSE)) >= matrix > largest_kept(training.build_model(COURSE))
+    assert largest_kept(benchmark.plain_network(COURSE)) >= matrix > largest_kept(build_model(COURSE))
 
 
 def test_training_steps_end_with_the_same_weights(tiny_data, tmp_path):
@@ -87,7 +90,7 @@ def test_training_steps_end_with_the_same_weights(tiny_data, tmp_path):
 @pytest.mark.parametrize("cfg_scale, variance", [(0.0, "posterior"), (3.0, "beta")])
 def test_plain_sampling_is_our_ddpm_without_clipping(cfg_scale, variance):
     timesteps = 12
-    model = randomise(training.build_model(POINT_1))
+    model = randomise(build_model(POINT_1))
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
     noises = torch.randn(timesteps, 2, 1, 8, 8)
 
@@ -108,7 +111,7 @@ def test_batches_of_fashion_mnist_are_the_same(fashion):
     data = benchmark.our_data("fashion_mnist", 28)
     for i, (x0, labels) in enumerate(loader):
         index = torch.arange(16 * i, 16 * i + 16)
-        torch.testing.assert_close(x0, utils.augment(data, index), rtol=0, atol=1e-6)
+        torch.testing.assert_close(x0, image_data.augment(data, index), rtol=0, atol=1e-6)
         assert labels.tolist() == data.labels[index].tolist()
 
 
@@ -190,7 +193,10 @@ def test_times_of_another_machine_are_dropped(tmp_path):
 def test_the_command_measures_the_rows_that_are_there():
     default = ["train_28", "train_28_memory", *benchmark.BENCHMARKS]
     assert benchmark.command_for(default) == "python benchmark.py"
-    assert benchmark.command_for(["sample", "samplers", "growth_size"]) == "python benchmark.py --only sample growth samplers"
+    assert (
+        benchmark.command_for(["sample", "samplers", "growth_size"])
+        == "python benchmark.py --only sample growth samplers"
+    )
 
 
 def test_gains_are_formed_turn_by_turn():
@@ -201,7 +207,7 @@ def test_gains_are_formed_turn_by_turn():
 
 
 def test_flops_of_a_step_are_three_times_those_of_the_forward_pass():
-    model = training.build_model(POINT_1)
+    model = build_model(POINT_1)
     with FlopCounterMode(display=False) as forward:
         model(torch.zeros(2, 1, 16, 16), torch.zeros(2).long())
     # less than three times, since no gradient with respect to the images is needed
@@ -245,9 +251,9 @@ def test_interrupted_sampling_goes_on(quality):
 def test_guided_quality_compares_one_checkpoint_with_itself(quality):
     config = tiny_config()
     config["model"]["num_classes"] = 10
-    model = randomise(training.build_model(config["model"]))
+    model = randomise(build_model(config["model"]))
     path = quality / "checkpoints/fashion_mnist_conditional_20_epochs.safetensors"
-    training.save_checkpoint(path, {"raw": model.state_dict(), "ema_0.5": model.state_dict()}, config)
+    save_checkpoint(path, {"raw": model.state_dict(), "ema_0.5": model.state_dict()}, config)
     (row,) = benchmark.quality_guided("quality_guided", benchmark.QUICK, None)
     plain, ours = row["details"]["plain"], row["details"]["ours"]
     assert plain["sha256"] == ours["sha256"] and (plain["steps"], ours["steps"]) == (19, 3)
@@ -258,14 +264,17 @@ def test_samplers_are_compared_on_one_network(quality, capsys):
     config = tiny_config()
     del config["model"]["num_classes"]
     config["diffusion"]["timesteps"] = 100
-    model = randomise(training.build_model(config["model"]))
-    training.save_checkpoint(quality / "checkpoints/grid_cosine_l2.safetensors", {"ema_0.5": model.state_dict()}, config)
+    model = randomise(build_model(config["model"]))
+    save_checkpoint(quality / "checkpoints/grid_cosine_l2.safetensors", {"ema_0.5": model.state_dict()}, config)
     (row,) = benchmark.quality_samplers("samplers", benchmark.QUICK, None)
-    assert {name: list(points) for name, points in row["samplers"].items()} == \
-        {"ddpm": [5, 10, 20, 50, 100]} | dict.fromkeys(("ddim, eta = 0", "dpm, eta = 0", "dpm, eta = 1"), [5, 10, 20, 50])
+    assert {name: list(points) for name, points in row["samplers"].items()} == {
+        "ddpm": [5, 10, 20, 50, 100]
+    } | dict.fromkeys(("ddim, eta = 0", "dpm, eta = 0", "dpm, eta = 1"), [5, 10, 20, 50])
     made = {path.parent.name: path.read_bytes() for path in (quality / "runs").rglob("*.npz")}
     assert len(made) == 17 and len(set(made.values())) == 17  # no two ways draw the same images
-    assert row["name"] == "samplers_grid_cosine_l2" and "fashion_mnist.safetensors is not there" in capsys.readouterr().err
+    assert (
+        row["name"] == "samplers_grid_cosine_l2" and "fashion_mnist.safetensors is not there" in capsys.readouterr().err
+    )
     benchmark.print_row(row)
     assert "dpm, eta = 1" in capsys.readouterr().out
 
@@ -281,7 +290,7 @@ def test_training_for_quality_goes_on_and_is_not_measured_twice(quality, tiny_da
     for steps in (2, 4, 2):  # a rerun asks for the earlier steps again
         config["train"]["steps"] = steps
         assert benchmark.train_and_measure("ours", config, tiny_data, "ema")["samples"] == 6
-    tensors, _ = training.read_checkpoint(quality / "runs/ours/model.safetensors")
+    tensors, _ = read_checkpoint(quality / "runs/ours/model.safetensors")
     assert len(tensors["losses"]) == 4
 
 
@@ -290,7 +299,7 @@ def test_minutes_are_steps_times_seconds_of_a_step(quality, monkeypatch):
         steps = config["train"]["steps"]
         return {"frechet_distance": 8.0 if name == "convnext" else 4000 / steps, "samples": 6}
 
-    data = utils.ImageData(torch.empty(60_000, 1, 1, 1), None, [], "fashion_mnist", False, 1)
+    data = image_data.ImageData(torch.empty(60_000, 1, 1, 1), None, [], "fashion_mnist", False, 1)
     monkeypatch.setattr(benchmark, "load_data", lambda name: data)
     monkeypatch.setattr(benchmark, "train_and_measure", reached)
     monkeypatch.setattr(benchmark, "take_turns", lambda *args, **settings: ({"plain": [6.0], "ours": [0.6]}, {}))

@@ -20,14 +20,37 @@ import ddpm
 import ddpm_conditional
 import ddpm_unconditional
 import evaluate
-import training
+import features
+import image_data
 import utils
 from modules import UNet_conditional
 from utils import UserError, load_samples
+from weights import build_model, images_seen, load_checkpoint, read_checkpoint, save_checkpoint, select_weights
 
 SCRIPTS = {"ddpm.py": ddpm, "ddpm_unconditional.py": ddpm_unconditional, "ddpm_conditional.py": ddpm_conditional}
-TINY = ["--image-size", 8, "--width", 8, "--batch-size", 16, "--timesteps", 20, "--device", "cpu", "--epochs", 1,
-        "--sample-every", 0, "--precision", "float32", "--ema-beta", 0.5, 0.9, "--ema-start", 1]  # fmt: skip
+TINY = [
+    "--image-size",
+    8,
+    "--width",
+    8,
+    "--batch-size",
+    16,
+    "--timesteps",
+    20,
+    "--device",
+    "cpu",
+    "--epochs",
+    1,
+    "--sample-every",
+    0,
+    "--precision",
+    "float32",
+    "--ema-beta",
+    0.5,
+    0.9,
+    "--ema-start",
+    1,
+]
 
 
 def run(main, *argv):
@@ -71,7 +94,9 @@ def test_train(script, idx_folder, tmp_path, capsys):
     assert config["diffusion"] == {"timesteps": 20, "schedule": "linear", "objective": "simple"}
     assert config["model"].get("num_classes") == (10 if script == "ddpm_conditional.py" else None)
     assert (config["model"].get("patch"), config["model"].get("mults"), config["model"]["width"]) == {
-        "ddpm.py": (None, None, 8), "ddpm_unconditional.py": (1, [1, 4, 4], 8), "ddpm_conditional.py": (1, [1, 4, 8], 8),
+        "ddpm.py": (None, None, 8),
+        "ddpm_unconditional.py": (1, [1, 4, 4], 8),
+        "ddpm_conditional.py": (1, [1, 4, 8], 8),
     }[script]  # the script's shape, but for the flag that was given
     assert (config["data"]["image_size"], config["data"]["images"], config["data"]["flip"]) == (8, 64, False)
     before = everything(tmp_path)
@@ -81,23 +106,32 @@ def test_train(script, idx_folder, tmp_path, capsys):
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize("flags, section, expected", [
-    (["--objective", "vlb"], "diffusion", {"objective": "vlb"}),
-    (["--loss", "huber", "--optimizer", "adamw", "--lr", "2e-4", "--seed", 7], "train", {"loss": "huber", "optimizer": "adamw",
-                                                                                         "lr": 2e-4, "seed": 7}),
-    (["--flip", "--epochs", "0.25"], "data", {"flip": True}),
-    (["--mults", 1, 2, 2, "--depth", 2, "--patch", 1, "--block", "convnext", "--no-attention"], "model",
-     {"mults": [1, 2, 2], "depth": 2, "patch": 1, "block": "convnext", "attention": False}),
-    (["--model", "course"], "model", {"name": "UNet_conditional", "num_classes": 10}),
-    (["--p-uncond", 0.3, "--label-dropout", "batch"], "train", {"p_uncond": 0.3, "label_dropout": "batch"}),
-    (["--accumulate", 2], "train", {"batch_size": 16}),
-    (["--epochs", "0.001"], "train", {"steps": 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, section, expected",
+    [
+        (["--objective", "vlb"], "diffusion", {"objective": "vlb"}),
+        (
+            ["--loss", "huber", "--optimizer", "adamw", "--lr", "2e-4", "--seed", 7],
+            "train",
+            {"loss": "huber", "optimizer": "adamw", "lr": 2e-4, "seed": 7},
+        ),
+        (["--flip", "--epochs", "0.25"], "data", {"flip": True}),
+        (
+            ["--mults", 1, 2, 2, "--depth", 2, "--patch", 1, "--block", "convnext", "--no-attention"],
+            "model",
+            {"mults": [1, 2, 2], "depth": 2, "patch": 1, "block": "convnext", "attention": False},
+        ),
+        (["--model", "course"], "model", {"name": "UNet_conditional", "num_classes": 10}),
+        (["--p-uncond", 0.3, "--label-dropout", "batch"], "train", {"p_uncond": 0.3, "label_dropout": "batch"}),
+        (["--accumulate", 2], "train", {"batch_size": 16}),
+        (["--epochs", "0.001"], "train", {"steps": 1}),
+    ],
+)
 def test_train_flags(flags, section, expected, idx_folder, tmp_path):
     run(ddpm_conditional.main, "train", "--data", idx_folder, *TINY, *flags, "--out", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())[section]
     assert {name: config[name] for name in expected} == expected
-    model, _, _ = training.load_checkpoint(tmp_path / "model.safetensors")
+    model, _, _ = load_checkpoint(tmp_path / "model.safetensors")
     assert model.num_classes == 10
 
 
@@ -130,15 +164,30 @@ def test_the_published_commands_train_the_published_networks(monkeypatch):
         (args,) = trained
         if str(args.out) not in published:
             continue  # the first of two runs
-        _, config = training.read_checkpoint(ROOT / "checkpoints" / published.pop(str(args.out)))
-        channels = training.build_model(config["model"]).channels
-        data = utils.ImageData(torch.empty(1, channels, 1, 1), torch.zeros(1).long(), config["data"]["classes"], "", False, 1)
+        _, config = read_checkpoint(ROOT / "checkpoints" / published.pop(str(args.out)))
+        channels = build_model(config["model"]).channels
+        data = image_data.ImageData(
+            torch.empty(1, channels, 1, 1), torch.zeros(1).long(), config["data"]["classes"], "", False, 1
+        )
         args.init = None
         made = cli.make_config(args, data)
-        shapes = [{name: weight.shape for name, weight in training.build_model(c["model"]).state_dict().items()} for c in (made, config)]
+        shapes = [
+            {name: weight.shape for name, weight in build_model(c["model"]).state_dict().items()}
+            for c in (made, config)
+        ]
         assert shapes[0] == shapes[1], script
         assert made["diffusion"] == config["diffusion"]
-        for name in ("loss", "batch_size", "lr", "optimizer", "seed", "ema_betas", "ema_start", "p_uncond", "label_dropout"):
+        for name in (
+            "loss",
+            "batch_size",
+            "lr",
+            "optimizer",
+            "seed",
+            "ema_betas",
+            "ema_start",
+            "p_uncond",
+            "label_dropout",
+        ):
             assert made["train"][name] == config["train"][name], (script, name)
     assert not published
 
@@ -210,10 +259,19 @@ def test_image_i_whatever_the_number_and_the_batch(sampler, plain, sampled):
     assert (seed_1 != images).mean() > 0.1
 
 
-@pytest.mark.parametrize("text, n, expected", [
-    ("all", 10, list(range(10))), ("all", 20, 2 * list(range(10))), ("all", 3, [0, 1, 2]), ("3", 4, [3, 3, 3, 3]),
-    ("5,0", 4, [5, 0, 5, 0]), ("0,1,2", 7, [0, 1, 2, 0, 1, 2, 0]), ("none", 4, None), (" 1, 2", 2, [1, 2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, n, expected",
+    [
+        ("all", 10, list(range(10))),
+        ("all", 20, 2 * list(range(10))),
+        ("all", 3, [0, 1, 2]),
+        ("3", 4, [3, 3, 3, 3]),
+        ("5,0", 4, [5, 0, 5, 0]),
+        ("0,1,2", 7, [0, 1, 2, 0, 1, 2, 0]),
+        ("none", 4, None),
+        (" 1, 2", 2, [1, 2]),
+    ],
+)
 def test_labels(text, n, expected, classes, sampled):
     images, labels = sampled(ddpm_conditional.main, "--checkpoint", classes, "--n", n, "--labels", text)
     assert len(images) == n
@@ -239,7 +297,7 @@ def test_sample_is_what_python_makes(classes, sampled):
     images, labels = sampled(
         ddpm_conditional.main, "--checkpoint", classes, "--n", 4, "--labels", "2,7", "--cfg-scale", 3
     )
-    model, diffusion, _ = training.load_checkpoint(classes)
+    model, diffusion, _ = load_checkpoint(classes)
     x = diffusion.sample(model, 4, (1, 8, 8), labels=torch.from_numpy(labels), cfg_scale=3.0, sampler="ddim", steps=5)
     expected = ((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
     assert np.abs(images - expected).max() <= 1
@@ -284,13 +342,18 @@ def test_init(runs, idx_folder, tmp_path, refused):
     run(ddpm.main, "publish", "--run", runs / "plain", "--weights", "raw", "ema", "--out", published)
     flags = ["train", "--data", idx_folder, *TINY, "--init", published]
     run(ddpm.main, *flags, "--epochs", 0.01, "--lr", 1e-12, "--ema-start", 0, "--out", tmp_path / "run")
-    before, (after, config) = training.read_checkpoint(published)[0], training.read_checkpoint(tmp_path / "run/model.safetensors")
-    seen = training.images_seen(training.read_checkpoint(published)[1]["train"])
+    before, (after, config) = (
+        read_checkpoint(published)[0],
+        read_checkpoint(tmp_path / "run/model.safetensors"),
+    )
+    seen = images_seen(read_checkpoint(published)[1]["train"])
     assert config["train"]["init"] == {"checkpoint": published.name, "sha256": utils.sha256(published), "images": seen}
-    assert training.images_seen(config["train"]) == config["train"]["steps"] * config["train"]["batch_size"] + seen > seen
+    assert images_seen(config["train"]) == config["train"]["steps"] * config["train"]["batch_size"] + seen > seen
     assert not torch.equal(before["raw/stem.weight"], before["ema/stem.weight"])
     torch.testing.assert_close(after["raw/stem.weight"], before["raw/stem.weight"])
-    torch.testing.assert_close(after["ema_0.9/stem.weight"], 0.9 * before["ema/stem.weight"] + 0.1 * before["raw/stem.weight"])
+    torch.testing.assert_close(
+        after["ema_0.9/stem.weight"], 0.9 * before["ema/stem.weight"] + 0.1 * before["raw/stem.weight"]
+    )
     assert "nowhere" in refused(ddpm.main, *flags, "--init", tmp_path / "nowhere", "--out", tmp_path / "new")
     error = refused(ddpm.main, *flags, "--width", 16, "--out", tmp_path / "other")
     assert "does not fit" in error and "published.safetensors" in error
@@ -301,7 +364,7 @@ def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, capsys, r
     """Results of experiments that other machines ran stay; an interrupted grid goes on; a finished one does nothing."""
 
     def measure(name, folder, data, n, device):
-        _, config = training.read_checkpoint(folder / "model.safetensors")
+        _, config = read_checkpoint(folder / "model.safetensors")
         (folder / "ema.safetensors").write_bytes(name.encode())
         result = {"name": name, "schedule": config["diffusion"]["schedule"], "sampler": {"n": n}}
         utils.write_json(folder / "result.json", result)
@@ -315,14 +378,28 @@ def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, capsys, r
     for only in (["cosine_l2"], ["linear_l1", "cosine_l2"], ["cosine_l2"]):
         run(ddpm_unconditional.main, *flags, "--only", *only)
     runs = json.loads(published.read_text())["runs"]
-    _, config = training.read_checkpoint(tmp_path / "grid/cosine_l2/model.safetensors")
-    assert config["model"] == {"name": "PatchUNet", "channels": 1, "width": 8}  # the published experiments', not `train`'s
-    assert [(row["name"], row.get("schedule")) for row in runs] == \
-        [("linear_l1", "linear"), ("sigmoid_l1", None), ("cosine_l2", "cosine")]
+    _, config = read_checkpoint(tmp_path / "grid/cosine_l2/model.safetensors")
+    assert config["model"] == {
+        "name": "PatchUNet",
+        "channels": 1,
+        "width": 8,
+    }  # the published experiments', not `train`'s
+    assert [(row["name"], row.get("schedule")) for row in runs] == [
+        ("linear_l1", "linear"),
+        ("sigmoid_l1", None),
+        ("cosine_l2", "cosine"),
+    ]
     assert json.loads(published.read_text())["command"].endswith("--only linear_l1 sigmoid_l1 cosine_l2")
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"grid_linear_l1.safetensors", "grid_cosine_l2.safetensors"}
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {
+        "grid_linear_l1.safetensors",
+        "grid_cosine_l2.safetensors",
+    }
     assert capsys.readouterr().out.count("model.safetensors") == 2  # nothing is trained twice
-    for more, words in ((["--lr", 0.5], "started with lr = "), (["--epochs", 50], "was trained for"), (["--n", 9], "was measured over")):
+    for more, words in (
+        (["--lr", 0.5], "started with lr = "),
+        (["--epochs", 50], "was trained for"),
+        (["--n", 9], "was measured over"),
+    ):
         assert words in refused(ddpm_unconditional.main, *flags, "--only", "cosine_l2", *more)
 
 
@@ -330,7 +407,7 @@ def test_an_experiment_is_measured_on_all_classes():
     """Class folders come class by class: the first images would be those of one class. Others are taken as they come."""
     images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1)
     for labels, first in (([0] * 6 + [1] * 6, [0, 3, 6, 9]), ([1, 0] * 6, [0, 1, 2, 3]), (None, [0, 1, 2, 3])):
-        data = utils.ImageData(images, None if labels is None else torch.tensor(labels), [], "", False, 1)
+        data = image_data.ImageData(images, None if labels is None else torch.tensor(labels), [], "", False, 1)
         assert ddpm_unconditional.first_images(data, 4).flatten().tolist() == first
         assert len(ddpm_unconditional.first_images(data, 20)) == 20
 
@@ -344,17 +421,19 @@ def test_sweep_goes_on_where_it_stopped(classes, tmp_path, monkeypatch):
         measured.append(images)
         return {"frechet_distance": float(len(measured)), "labels": {"agreement": 0.5}}
 
-    monkeypatch.setattr(evaluate, "load_features", lambda _: SimpleNamespace(head=SimpleNamespace(in_features=2)))
-    monkeypatch.setattr(evaluate, "check_shape", lambda *_: None)
+    monkeypatch.setattr(features, "load_features", lambda _: SimpleNamespace(head=SimpleNamespace(in_features=2)))
+    monkeypatch.setattr(features, "check_shape", lambda *_: None)
     monkeypatch.setattr(evaluate, "evaluate_samples", evaluate_samples)
     out = tmp_path / "sweep.json"
     flags = ["sweep", "--checkpoint", classes, "--out", out, "--n", 20, "--steps", 3]
     run(ddpm_conditional.main, *flags, "--weights", "ema", "--scales", 1)
     run(ddpm_conditional.main, *flags, "--weights", "raw", "ema", "--scales", 1, 3)
     result = json.loads(out.read_text())
-    rows = [(row["weights"], row["kind"], row["cfg_scale"], row["quality"]["frechet_distance"]) for row in result["rows"]]
+    rows = [
+        (row["weights"], row["kind"], row["cfg_scale"], row["quality"]["frechet_distance"]) for row in result["rows"]
+    ]
     assert rows == [("ema", "ema_0.5", 1, 1), ("raw", "raw", 1, 2), ("raw", "raw", 3, 3), ("ema", "ema_0.5", 3, 4)]
-    assert result["sha256"] == utils.sha256(classes) and result["config"] == training.read_checkpoint(classes)[1]
+    assert result["sha256"] == utils.sha256(classes) and result["config"] == read_checkpoint(classes)[1]
     assert result["sampler"] == {"sampler": "dpm", "steps": 3, "eta": 1.0}
     assert "--weights ema raw --scales 1 3 --n 20 --sampler dpm --steps 3 --seed 0 --out" in result["command"]
     assert measured[0].shape == (20, 8, 8, 1)
@@ -368,14 +447,14 @@ def test_publish(runs, tmp_path, capsys):
     out = tmp_path / "published.safetensors"
     run(ddpm.main, "publish", "--run", runs / "classes", "--weights", "raw", "ema_0.5", "ema_0.9", "--out", out)
     assert f"wrote {out}" in capsys.readouterr().out
-    tensors, config = training.read_checkpoint(out)
-    whole, config_of_run = training.read_checkpoint(runs / "classes/model.safetensors")
+    tensors, config = read_checkpoint(out)
+    whole, config_of_run = read_checkpoint(runs / "classes/model.safetensors")
     assert config == config_of_run and tensors.keys() == whole.keys()
     for name in whole:
         torch.testing.assert_close(tensors[name], whole[name], rtol=1e-3, atol=1e-4)
     assert out.stat().st_size < 0.7 * (runs / "classes/model.safetensors").stat().st_size
     run(ddpm.main, "publish", "--run", runs / "classes", "--out", out)
-    tensors, _ = training.read_checkpoint(out)
+    tensors, _ = read_checkpoint(out)
     assert {name.split("/")[0] for name in tensors} == {"ema", "losses"}
     torch.testing.assert_close(tensors["ema/stem.weight"], whole["ema_0.5/stem.weight"], rtol=1e-3, atol=1e-4)
 
@@ -383,10 +462,15 @@ def test_publish(runs, tmp_path, capsys):
 # --- help --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv", [
-    *[(s, c) for s in SCRIPTS for c in ("train", "sample", "publish")], ("ddpm_unconditional.py", "grid"),
-    ("ddpm_conditional.py", "sweep"), ("ddpm.py",),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *[(s, c) for s in SCRIPTS for c in ("train", "sample", "publish")],
+        ("ddpm_unconditional.py", "grid"),
+        ("ddpm_conditional.py", "sweep"),
+        ("ddpm.py",),
+    ],
+)
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         run(SCRIPTS[argv[0]].main, *argv[1:], "--help")
@@ -399,41 +483,44 @@ def test_help(argv, capsys):
 # --- bad input ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--schedule", "steep"], "invalid choice: 'steep'"),
-    (["--loss", "l3"], "invalid choice"),
-    (["--objective", "elbo"], "invalid choice"),
-    (["--optimizer", "lion"], "invalid choice"),
-    (["--timesteps", 0], "at least 1"),
-    (["--timesteps", -5], "at least 1"),
-    (["--timesteps", 2.5], "invalid int value"),
-    (["--timesteps", 1_000_000], "timesteps must be between"),
-    (["--timesteps", 90_000, "--schedule", "linear"], "too many for the linear schedule"),
-    (["--epochs", 0], "--epochs"),
-    (["--epochs", "nan"], "--epochs"),
-    (["--epochs", "inf"], "--epochs"),
-    (["--epochs", "1e8"], "steps: that is a mistake"),
-    (["--minutes", 0], "--minutes"),
-    (["--minutes", 1, "--epochs", 1], "not allowed with"),
-    (["--batch-size", 0], "--batch-size"),
-    (["--batch-size", "many"], "--batch-size"),
-    (["--lr", 0], "--lr"),
-    (["--lr", "inf"], "--lr"),
-    (["--seed", -1], "--seed"),
-    (["--width", 0], "--width"),
-    (["--mults", 1, 0], "--mults"),
-    (["--model", "course", "--width", 6], "multiple of 4"),
-    (["--model", "course", "--mults", 1, 2], "a shape of its own: leave --mults 1 2 out"),
-    (["--model", "course", "--no-attention"], "leave --no-attention out"),
-    (["--ema-beta", 1], "--ema-beta"),
-    (["--image-size", 10], "--image-size that 4 divides"),
-    (["--image-size", 0], "--image-size"),
-    (["--accumulate", 3], "must be a multiple"),
-    (["--objective", "vlb", "--loss", "l1"], "--loss l2 only"),
-    (["--device", "toaster"], "no device 'toaster'"),
-    (["--device", "meta"], "no device 'meta'"),
-    (["--colour", "red"], "unrecognized arguments"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--schedule", "steep"], "invalid choice: 'steep'"),
+        (["--loss", "l3"], "invalid choice"),
+        (["--objective", "elbo"], "invalid choice"),
+        (["--optimizer", "lion"], "invalid choice"),
+        (["--timesteps", 0], "at least 1"),
+        (["--timesteps", -5], "at least 1"),
+        (["--timesteps", 2.5], "invalid int value"),
+        (["--timesteps", 1_000_000], "timesteps must be between"),
+        (["--timesteps", 90_000, "--schedule", "linear"], "too many for the linear schedule"),
+        (["--epochs", 0], "--epochs"),
+        (["--epochs", "nan"], "--epochs"),
+        (["--epochs", "inf"], "--epochs"),
+        (["--epochs", "1e8"], "steps: that is a mistake"),
+        (["--minutes", 0], "--minutes"),
+        (["--minutes", 1, "--epochs", 1], "not allowed with"),
+        (["--batch-size", 0], "--batch-size"),
+        (["--batch-size", "many"], "--batch-size"),
+        (["--lr", 0], "--lr"),
+        (["--lr", "inf"], "--lr"),
+        (["--seed", -1], "--seed"),
+        (["--width", 0], "--width"),
+        (["--mults", 1, 0], "--mults"),
+        (["--model", "course", "--width", 6], "multiple of 4"),
+        (["--model", "course", "--mults", 1, 2], "a shape of its own: leave --mults 1 2 out"),
+        (["--model", "course", "--no-attention"], "leave --no-attention out"),
+        (["--ema-beta", 1], "--ema-beta"),
+        (["--image-size", 10], "--image-size that 4 divides"),
+        (["--image-size", 0], "--image-size"),
+        (["--accumulate", 3], "must be a multiple"),
+        (["--objective", "vlb", "--loss", "l1"], "--loss l2 only"),
+        (["--device", "toaster"], "no device 'toaster'"),
+        (["--device", "meta"], "no device 'meta'"),
+        (["--colour", "red"], "unrecognized arguments"),
+    ],
+)
 def test_bad_train_flags(flags, message, idx_folder, tmp_path, refused):
     if "--minutes" not in flags:
         flags = [*TINY, *flags]
@@ -471,10 +558,22 @@ def broken_data(kind, folder):
         (folder / "train.parquet").write_bytes(b"PAR1 and no more")
 
 
-@pytest.mark.parametrize("kind", [
-    "no labels", "truncated", "wrong shape", "other counts", "no header", "label 99", "damaged gzip", "nothing", "no images",
-    "empty class", "truncated parquet",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "no labels",
+        "truncated",
+        "wrong shape",
+        "other counts",
+        "no header",
+        "label 99",
+        "damaged gzip",
+        "nothing",
+        "no images",
+        "empty class",
+        "truncated parquet",
+    ],
+)
 def test_bad_data(kind, tmp_path, refused):
     (tmp_path / "data").mkdir()
     broken_data(kind, tmp_path / "data")
@@ -516,28 +615,31 @@ def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused, monkeypatc
     assert everything(tmp_path) == {tmp_path / "file": b"mine"}
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--checkpoint", "nowhere.safetensors"], "no checkpoint at nowhere.safetensors"),
-    (["--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
-    (["--n", 0], "--n"),
-    (["--steps", 21], "--steps 21 is more than the model's 20 timesteps"),
-    (["--steps", 0], "--steps"),
-    (["--sampler", "euler"], "invalid choice"),
-    (["--eta", 1.5], "--eta"),
-    (["--sampler", "ddpm", "--eta", 1], "--eta is for --sampler ddim or dpm"),
-    (["--sampler", "dpm", "--variance", "beta"], "--variance is for --sampler ddpm"),
-    (["--cfg-scale", -1], "--cfg-scale"),
-    (["--cfg-scale", "nan"], "--cfg-scale"),
-    (["--labels", "10"], "label 10 is out of range: this checkpoint has the classes 0 to 9"),
-    (["--labels", "0,-1"], "label -1 is out of range"),
-    (["--labels", "cats"], "not 'cats'"),
-    (["--labels", ""], "not ''"),
-    (["--labels", "0,,1"], "--labels"),
-    (["--out", "x.jpg"], ".png, .gif or .npz"),
-    (["--out", "x"], ".png, .gif or .npz"),
-    (["--batch-size", 0], "--batch-size"),
-    (["--device", "cuda:77"], "no device"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--checkpoint", "nowhere.safetensors"], "no checkpoint at nowhere.safetensors"),
+        (["--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+        (["--n", 0], "--n"),
+        (["--steps", 21], "--steps 21 is more than the model's 20 timesteps"),
+        (["--steps", 0], "--steps"),
+        (["--sampler", "euler"], "invalid choice"),
+        (["--eta", 1.5], "--eta"),
+        (["--sampler", "ddpm", "--eta", 1], "--eta is for --sampler ddim or dpm"),
+        (["--sampler", "dpm", "--variance", "beta"], "--variance is for --sampler ddpm"),
+        (["--cfg-scale", -1], "--cfg-scale"),
+        (["--cfg-scale", "nan"], "--cfg-scale"),
+        (["--labels", "10"], "label 10 is out of range: this checkpoint has the classes 0 to 9"),
+        (["--labels", "0,-1"], "label -1 is out of range"),
+        (["--labels", "cats"], "not 'cats'"),
+        (["--labels", ""], "not ''"),
+        (["--labels", "0,,1"], "--labels"),
+        (["--out", "x.jpg"], ".png, .gif or .npz"),
+        (["--out", "x"], ".png, .gif or .npz"),
+        (["--batch-size", 0], "--batch-size"),
+        (["--device", "cuda:77"], "no device"),
+    ],
+)
 def test_bad_sample_flags(flags, message, classes, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--checkpoint", classes, "--out", tmp_path / "x.png", *flags]
@@ -574,10 +676,10 @@ def test_bad_checkpoints(damage, classes, tmp_path, refused):
     elif damage == "text":
         path.write_text("model")
     else:
-        tensors, config = training.read_checkpoint(classes)
+        tensors, config = read_checkpoint(classes)
         name, value = {"other architecture": ("width", 16), "other classes": ("num_classes", 3)}[damage]
         config["model"][name] = value
-        training.save_checkpoint(path, {"raw": training.select_weights(tensors, "raw", config)}, config)
+        save_checkpoint(path, {"raw": select_weights(tensors, "raw", config)}, config)
         expected = (
             "does not fit the network: " + {"width": "time_mlp.0.weight", "num_classes": "label_emb.weight"}[name]
         )
@@ -588,7 +690,9 @@ def test_bad_checkpoints(damage, classes, tmp_path, refused):
 def test_bad_publish(runs, tmp_path, refused):
     out = tmp_path / "x.safetensors"
     assert "no finished run" in refused(ddpm.main, "publish", "--run", tmp_path, "--out", out)
-    assert "must end in .safetensors" in refused(ddpm.main, "publish", "--run", runs / "plain", "--out", tmp_path / "x.pt")
+    assert "must end in .safetensors" in refused(
+        ddpm.main, "publish", "--run", runs / "plain", "--out", tmp_path / "x.pt"
+    )
     flags = ["publish", "--run", runs / "plain", "--out", out]
     assert "has no ema_0.7 weights, only ema_0.5, ema_0.9, raw" in refused(ddpm.main, *flags, "--weights", "ema_0.7")
     assert everything(tmp_path) == {}
@@ -609,20 +713,36 @@ def test_bad_grid_and_sweep(plain, classes, tmp_path, refused, monkeypatch):
     course = tmp_path / "course.pt"
     torch.save(UNet_conditional(num_classes=3, channels=1, width=4).state_dict(), course)
     assert "add --data" in refused(ddpm_conditional.main, *flags, "--checkpoint", course, "--weights", "raw")
-    error = refused(ddpm_conditional.main, *flags, "--checkpoint", course, "--weights", "raw", "--data", "fashion_mnist")
+    error = refused(
+        ddpm_conditional.main, *flags, "--checkpoint", course, "--weights", "raw", "--data", "fashion_mnist"
+    )
     assert "64 x 64" in error and "28 x 28" in error
     steps = ["--steps", 21]  # more than its timesteps
-    assert "more than the model's 20 timesteps" in refused(ddpm_conditional.main, *flags, "--checkpoint", classes, *steps)
+    assert "more than the model's 20 timesteps" in refused(
+        ddpm_conditional.main, *flags, "--checkpoint", classes, *steps
+    )
     (tmp_path / "x.json").write_text("{not json")
     assert "x.json" in refused(ddpm_conditional.main, *flags, "--checkpoint", classes)
     assert (tmp_path / "x.json").read_text() == "{not json"
-    utils.write_json(tmp_path / "y.json", {"checkpoint": classes.name, "sha256": "of other weights", "sampler": {}, "n": 2000,
-                                         "seed": 0, "data": None, "rows": []})  # fmt: skip
+    utils.write_json(
+        tmp_path / "y.json",
+        {
+            "checkpoint": classes.name,
+            "sha256": "of other weights",
+            "sampler": {},
+            "n": 2000,
+            "seed": 0,
+            "data": None,
+            "rows": [],
+        },
+    )
     error = refused(ddpm_conditional.main, *flags[:-1], tmp_path / "y.json", "--checkpoint", classes)
     assert "other settings or weights" in error
     flags = ["sweep", "--checkpoint", classes]
     monkeypatch.setattr(evaluate, "evaluate_samples", lambda *_, **__: pytest.fail("refused only after the work"))
-    assert "has no bogus" in refused(ddpm_conditional.main, *flags, "--weights", "raw", "bogus", "--out", tmp_path / "z.json")
+    assert "has no bogus" in refused(
+        ddpm_conditional.main, *flags, "--weights", "raw", "bogus", "--out", tmp_path / "z.json"
+    )
     assert "cannot write" in refused(ddpm_conditional.main, *flags, "--out", tmp_path)
 
 
@@ -632,10 +752,15 @@ def test_guidance_needs_labels(plain, classes, tmp_path, refused):
     assert "leave --labels none out" in refused(ddpm_conditional.main, *flags, classes, "--labels", "none")
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--timesteps", 50], "--timesteps must be at least"), (["--n", 100], "make at least 129"),
-    (["--image-size", 32], "32 x 32"), (["--data", "nowhere/fashion_mnist"], "no folder nowhere/fashion_mnist"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--timesteps", 50], "--timesteps must be at least"),
+        (["--n", 100], "make at least 129"),
+        (["--image-size", 32], "32 x 32"),
+        (["--data", "nowhere/fashion_mnist"], "no folder nowhere/fashion_mnist"),
+    ],
+)
 def test_a_grid_that_could_not_be_measured_is_not_trained(flags, words, tmp_path, refused):
     assert words in refused(ddpm_unconditional.main, "grid", "--out", tmp_path / "grid", *flags)
     assert not (tmp_path / "grid").exists()

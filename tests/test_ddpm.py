@@ -208,8 +208,11 @@ def test_losses(loss):
     x_t = d.q_sample(x0, t, noise)
     assert torch.equal(seen[0][0], x_t) and torch.equal(seen[0][1], t) and seen[0][2] is labels
     error = (2 * x_t - noise).numpy().astype(np.float64)
-    expected = {"l1": np.abs(error), "l2": error**2,
-                "huber": np.where(np.abs(error) < 1, error**2 / 2, np.abs(error) - 0.5)}[loss].mean()  # fmt: skip
+    expected = {
+        "l1": np.abs(error),
+        "l2": error**2,
+        "huber": np.where(np.abs(error) < 1, error**2 / 2, np.abs(error) - 0.5),
+    }[loss].mean()
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
@@ -308,9 +311,14 @@ def test_ddim_is_diffusers(schedule, eta, clip, dtype, tolerance):
 def test_dpm_is_diffusers(schedule, timesteps, steps, eta, algorithm, spacing):
     """On timesteps evenly spaced in t, which theirs can choose, and on ours."""
     theirs = diffusers.DPMSolverMultistepScheduler(
-        timesteps, trained_betas=their_betas(schedule, timesteps), algorithm_type=algorithm, solver_order=2,
-        solver_type="midpoint", final_sigmas_type="zero", timestep_spacing="trailing",
-    )  # fmt: skip
+        timesteps,
+        trained_betas=their_betas(schedule, timesteps),
+        algorithm_type=algorithm,
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+        timestep_spacing="trailing",
+    )
     # theirs rounds x and the noise to float32, which tells on large x: at purer noise, and with noise added
     tolerance = 1e-6 if spacing == "step_pairs" and eta == 0 else 1e-5
     d, shape = Diffusion(timesteps, schedule), (2, 1, 4, 4)
@@ -474,8 +482,18 @@ def test_samplers_yield_every_step(schedule, timesteps, sampler, clip, data):
     steps = data.draw(st.integers(1, timesteps))
     n, shape = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([(1, 4, 4), (3, 2, 6)]))
     d = Diffusion(timesteps, schedule)
-    chain = list(d.trajectory(lambda x, t, labels: some_model(x, t[0].item()), shape, range(n), 0, sampler=sampler,
-                              steps=steps, clip=clip, eta=0.5))  # fmt: skip
+    chain = list(
+        d.trajectory(
+            lambda x, t, labels: some_model(x, t[0].item()),
+            shape,
+            range(n),
+            0,
+            sampler=sampler,
+            steps=steps,
+            clip=clip,
+            eta=0.5,
+        )
+    )
     assert len(chain) == steps + 1
     assert all(x.shape == (n, *shape) and x.isfinite().all() for x in chain)
     if clip:
@@ -564,7 +582,9 @@ def test_default_noise():
     """Of the samplers that have a choice, DDIM adds none by default and DPM-Solver++ as much as DDPM."""
     d, shape = Diffusion(30, "cosine"), (1, 4, 4)
     for sampler, eta in ddpm.ETAS.items():
-        default, own, other = (d.sample(cheap_model, 2, shape, sampler=sampler, steps=10, eta=e) for e in (None, eta, 0.5))
+        default, own, other = (
+            d.sample(cheap_model, 2, shape, sampler=sampler, steps=10, eta=e) for e in (None, eta, 0.5)
+        )
         assert torch.equal(default, own) and not torch.equal(default, other)
     assert ddpm.ETAS == {"ddim": 0.0, "dpm": 1.0}
 

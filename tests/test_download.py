@@ -29,8 +29,9 @@ from PIL import Image
 from test_utils import Malicious, class_folder, mutations, write_cifar_batches
 
 import download_datasets
-import utils
-from utils import UserError, load_data
+import image_data
+from image_data import load_data
+from utils import UserError
 
 main = download_datasets.main
 REPOSITORY = Path(download_datasets.__file__).parent
@@ -41,8 +42,9 @@ def root(tmp_path, monkeypatch):
     """The folder that the scripts lie in, empty; no credentials; no network unless a test provides one."""
     root = tmp_path / "project"
     root.mkdir()
-    monkeypatch.setattr(utils, "ROOT", root)
-    monkeypatch.setattr(utils, "DEBIAN_FASHION_MNIST", tmp_path / "no debian")
+    for module in (image_data, utils):
+        monkeypatch.setattr(module, "ROOT", root)
+    monkeypatch.setattr(image_data, "DEBIAN_FASHION_MNIST", tmp_path / "no debian")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in [name for name in os.environ if name.startswith(("KAGGLE_", "XDG_CONFIG", "HF_"))]:
         monkeypatch.delenv(name)
@@ -138,7 +140,7 @@ def test_a_folder_put_there_by_hand_is_checked_once(root, capsys, monkeypatch, r
     captured = capsys.readouterr()
     assert "all there" in captured.out and "left out 1 of 4 files" in captured.err and "note.txt" in captured.err
     assert (root / "landscape_img_folder/sea/note.txt").exists()  # other people's files stay
-    monkeypatch.setattr(utils, "decode_image", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(image_data, "decode_image", lambda *_: pytest.fail("checked again"))
     main(["landscapes"])
     (root / "landscape_img_folder/empty").mkdir()
     assert "empty" in refused(main, "landscapes")
@@ -189,8 +191,10 @@ def test_torchvision_batches_of_a_stranger_are_refused(root, tmp_path, refused):
 # --- archives that are refused ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../evil.png", "a/../../evil.png", "/tmp/evil.png", "..\\evil.png", "C:\\evil.png",
-                                  "C:evil.png", "\\evil.png"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["../evil.png", "a/../../evil.png", "/tmp/evil.png", "..\\evil.png", "C:\\evil.png", "C:evil.png", "\\evil.png"],
+)
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_members_outside_of_the_target_are_refused(root, cifar_zip, tmp_path, name, kind, refused):
     before = sorted(tmp_path.rglob("*"))
@@ -239,8 +243,16 @@ def test_archives_that_are_cut_or_changed_are_refused(root, cifar_zip, tmp_path,
     plain = gzip.decompress(tar)
     end = tarfile.open(fileobj=io.BytesIO(plain)).getmembers()[-1].offset  # the last member and the end mark are gone
     middle = len(content) // 3
-    for damaged in (b"", b"no archive", content[:-100], content[: len(content) // 2], tar[: len(tar) // 2], tar[:-9], plain[:end],
-                    content[:middle] + b"\0\xff\0\xff" * 5 + content[middle + 20 :]):  # fmt: skip
+    for damaged in (
+        b"",
+        b"no archive",
+        content[:-100],
+        content[: len(content) // 2],
+        tar[: len(tar) // 2],
+        tar[:-9],
+        plain[:end],
+        content[:middle] + b"\0\xff\0\xff" * 5 + content[middle + 20 :],
+    ):
         (tmp_path / "bad").write_bytes(damaged)
         assert str(tmp_path / "bad") in refused(main, "cifar10", "--from", tmp_path / "bad")
         assert nothing_left(root)
@@ -346,7 +358,7 @@ def test_too_large_archives_are_refused_beforehand(root, cifar_zip, monkeypatch,
     assert nothing_left(root)
 
 
-@pytest.mark.parametrize("place", ["shutil.copyfileobj", "utils.decode_image", "os.replace"])
+@pytest.mark.parametrize("place", ["shutil.copyfileobj", "image_data.decode_image", "os.replace"])
 def test_an_interruption_leaves_nothing_that_looks_complete(root, cifar_zip, monkeypatch, place):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -362,8 +374,9 @@ def test_an_interruption_leaves_nothing_that_looks_complete(root, cifar_zip, mon
 def test_a_kill_leaves_nothing_that_looks_complete(root, cifar_zip):
     """SIGKILL while unpacking: no data folder; the next call works."""
     program = (
-        f"import os, signal, shutil, sys; sys.path.insert(0, {str(REPOSITORY)!r}); import utils, download_datasets\n"
-        f"from pathlib import Path; utils.ROOT = Path({str(root)!r}); copy, n = shutil.copyfileobj, iter(range(9))\n"
+        f"import os, signal, shutil, sys; sys.path.insert(0, {str(REPOSITORY)!r}); import image_data, utils, download_datasets\n"
+        f"from pathlib import Path; utils.ROOT = image_data.ROOT = Path({str(root)!r})\n"
+        "copy, n = shutil.copyfileobj, iter(range(9))\n"
         "shutil.copyfileobj = lambda a, b: copy(a, b) if next(n) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"
         f"download_datasets.main(['cifar10', '--from', {str(cifar_zip)!r}])"
     )
@@ -388,7 +401,7 @@ def test_fashion_mnist_from_a_folder_and_an_archive(root, tmp_path, idx_folder, 
 
 
 def test_fashion_mnist_from_debian_is_used_where_it_is(root, idx_folder, monkeypatch, capsys):
-    monkeypatch.setattr(utils, "DEBIAN_FASHION_MNIST", idx_folder)
+    monkeypatch.setattr(image_data, "DEBIAN_FASHION_MNIST", idx_folder)
     main(["fashion_mnist"])
     assert "nothing to fetch: train 64 images" in capsys.readouterr().out and nothing_left(root)
 
@@ -449,9 +462,9 @@ def test_without_any_source_the_sample_stands_in(root, refused):
 
 def test_the_sample_is_cut_from_the_full_data(root, monkeypatch, refused):
     images = torch.randint(0, 256, (10_000, 1, 28, 28), dtype=torch.uint8)
-    full = utils.ImageData(images, torch.arange(10_000) % 10, [], "fashion_mnist", False, 28)
+    full = image_data.ImageData(images, torch.arange(10_000) % 10, [], "fashion_mnist", False, 28)
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "load_data", lambda name, split: full)
+        patch.setattr(image_data, "load_data", lambda name, split: full)
         download_datasets.make_sample(root / "data/fashion_mnist_sample", train=12, test=5)
     train, test = load_data("fashion_mnist"), load_data("fashion_mnist", "test")
     assert torch.equal(train.images, images[:12]) and train.labels.tolist() == [*range(10), 0, 1] and len(test) == 5
@@ -589,13 +602,16 @@ class HTTPError(OSError):
         self.response = types.SimpleNamespace(status_code=status)
 
 
-@pytest.mark.parametrize("error, words", [
-    (HTTPError(401), "HTTP status 401 (is the token still valid?)"),
-    (HTTPError(404), "HTTP status 404"),
-    (ConnectionError(f"reset while sending {SECRET}"), "ConnectionError"),
-    (ValueError(SECRET), "ValueError"),
-    (SystemExit(1), "credentials were not accepted"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (HTTPError(401), "HTTP status 401 (is the token still valid?)"),
+        (HTTPError(404), "HTTP status 404"),
+        (ConnectionError(f"reset while sending {SECRET}"), "ConnectionError"),
+        (ValueError(SECRET), "ValueError"),
+        (SystemExit(1), "credentials were not accepted"),
+    ],
+)
 def test_kaggle_failing(root, monkeypatch, online, capsys, refused, error, words):
     def download(*_, **__):
         print(SECRET)  # what a package might print
@@ -619,16 +635,19 @@ def test_kaggle_giving_half_an_archive(root, monkeypatch, online, cifar_zip, ref
     assert nothing_left(root)
 
 
-@pytest.mark.parametrize("file, content, mode, words", [
-    ("kaggle.json", json.dumps({"username": "a", "key": SECRET}), 0o644, "chmod 600"),
-    ("access_token", SECRET, 0o640, "chmod 600"),
-    ("kaggle.json", "", 0o600, "is empty"),
-    ("access_token", "\n", 0o600, "is empty"),
-    ("kaggle.json", f'{{"username": "a", "key": "{SECRET}"', 0o600, "as JSON"),
-    ("kaggle.json", json.dumps([SECRET]), 0o600, "as JSON"),
-    ("kaggle.json", json.dumps({"username": SECRET}), 0o600, "as JSON"),
-    ("kaggle.json", json.dumps({"username": "", "key": SECRET}), 0o600, "as JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, content, mode, words",
+    [
+        ("kaggle.json", json.dumps({"username": "a", "key": SECRET}), 0o644, "chmod 600"),
+        ("access_token", SECRET, 0o640, "chmod 600"),
+        ("kaggle.json", "", 0o600, "is empty"),
+        ("access_token", "\n", 0o600, "is empty"),
+        ("kaggle.json", f'{{"username": "a", "key": "{SECRET}"', 0o600, "as JSON"),
+        ("kaggle.json", json.dumps([SECRET]), 0o600, "as JSON"),
+        ("kaggle.json", json.dumps({"username": SECRET}), 0o600, "as JSON"),
+        ("kaggle.json", json.dumps({"username": "", "key": SECRET}), 0o600, "as JSON"),
+    ],
+)
 def test_bad_credentials(root, tmp_path, online, refused, file, content, mode, words, monkeypatch):
     monkeypatch.setitem(sys.modules, "kaggle", None)  # must not be imported
     put_secret(tmp_path / "home/.kaggle" / file, content, mode)
@@ -724,8 +743,11 @@ def test_bad_checkpoints_are_refused_and_not_executed(root, tmp_path, refused):
 def test_the_command_line(root, refused):
     for argv in (["imagenet"], [], ["cifar10", "--make-sample"]):
         assert "see --help" in refused(main, *argv)
-    result = subprocess.run([sys.executable, REPOSITORY / "download_datasets.py", "cifar10-64", "--from", "nowhere"],
-                            capture_output=True, text=True)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, REPOSITORY / "download_datasets.py", "cifar10-64", "--from", "nowhere"],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == "download_datasets.py: error: --from nowhere: there is no such file or folder\n"
 

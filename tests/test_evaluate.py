@@ -15,8 +15,12 @@ from PIL import Image
 from torch import nn
 
 import evaluate
+import features
+import image_data
 from ddpm import Diffusion
-from utils import ImageData, UserError, generator, load_data, save_samples, to_model, to_uint8
+from image_data import ImageData, load_data
+from utils import UserError, generator, save_samples, to_model, to_uint8
+from weights import read_file, save_tensors
 
 
 def normal(*shape, seed=0):
@@ -56,7 +60,7 @@ def test_frechet_closed_form_and_symmetry():
 
 def test_statistics_are_numpys():
     x = normal(50, 4).float()
-    mean, cov = evaluate.statistics(x)
+    mean, cov = features.statistics(x)
     np.testing.assert_allclose(mean, x.double().numpy().mean(0), rtol=1e-12)
     np.testing.assert_allclose(cov, np.cov(x.double().numpy(), rowvar=False), rtol=1e-12)
 
@@ -68,7 +72,7 @@ def test_bootstrap_interval_holds_its_estimate_and_shrinks_with_the_count():
         x = normal(count, 4, seed=count) + 0.5
         result = evaluate.frechet_bootstrap(x, mu, cov)
         low, high = result["interval_95"]
-        assert low < evaluate.frechet(*evaluate.statistics(x), mu, cov) < high
+        assert low < evaluate.frechet(*features.statistics(x), mu, cov) < high
         assert result["bias"] > 0
         widths.append(high - low)
     assert 2 < widths[0] / widths[1] < 8  # a sixteenth of the variance: a quarter of the width
@@ -88,8 +92,14 @@ def test_squared_mmd_brute_force():
     x, y = normal(7, 3, seed=1), normal(5, 3, seed=2)
 
     def mean_kernel(a, b, skip_equal=False):
-        return np.mean([(u @ v / 3 + 1).item() ** 3 for i, u in enumerate(a) for j, v in enumerate(b)
-                        if not (skip_equal and i == j)])  # fmt: skip
+        return np.mean(
+            [
+                (u @ v / 3 + 1).item() ** 3
+                for i, u in enumerate(a)
+                for j, v in enumerate(b)
+                if not (skip_equal and i == j)
+            ]
+        )
 
     expected = mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y)
     assert evaluate.squared_mmd(x, y) == pytest.approx(expected)
@@ -306,8 +316,8 @@ def test_a_model_that_is_not_finite():
 
 def test_shift_and_flip():
     images = torch.randint(256, (200, 1, 6, 6), generator=generator(0), dtype=torch.uint8)
-    moved = evaluate.shift_and_flip(images, 1, True, generator(1))
-    assert torch.equal(moved, evaluate.shift_and_flip(images, 1, True, generator(1)))
+    moved = features.shift_and_flip(images, 1, True, generator(1))
+    assert torch.equal(moved, features.shift_and_flip(images, 1, True, generator(1)))
     padded = nn.functional.pad(to_model(images), (1, 1, 1, 1), mode="reflect")
     seen = set()
     for i in range(len(images)):
@@ -318,16 +328,16 @@ def test_shift_and_flip():
                     if torch.equal(moved[i], window.flip(2) if flip else window):
                         seen.add((flip, top, left))
     assert len(seen) == 18
-    assert torch.equal(evaluate.shift_and_flip(images, 0, False, generator(1)), to_model(images))
+    assert torch.equal(features.shift_and_flip(images, 0, False, generator(1)), to_model(images))
 
 
 def test_one_cycle_rises_to_one_and_ends_at_zero():
-    shares = [evaluate.one_cycle(i / 1000) for i in range(1001)]
+    shares = [features.one_cycle(i / 1000) for i in range(1001)]
     assert shares[0] == pytest.approx(0.04) and shares[200] == 1 and shares[1000] == pytest.approx(0)
     assert shares[:200] == sorted(shares[:200]) and shares[200:] == sorted(shares[200:], reverse=True)
 
 
-@pytest.mark.parametrize("use", [evaluate.train_features, evaluate.load_features])
+@pytest.mark.parametrize("use", [features.train_features, features.load_features])
 def test_a_folder_called_like_built_in_data_is_not_taken_for_it(use, tmp_path):
     (tmp_path / "cifar10").mkdir()
     with pytest.raises(UserError, match="is called like the built-in cifar10"):
@@ -335,31 +345,31 @@ def test_a_folder_called_like_built_in_data_is_not_taken_for_it(use, tmp_path):
 
 
 def test_another_folder_of_the_same_name_is_not_taken_for_the_classifiers(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "CHECKPOINTS", tmp_path / "checkpoints")
-    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
+    monkeypatch.setattr(features, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(features, "ROOT", tmp_path)
     cycle = {"epochs": 1, "learning_rate": 0.1, "weight_decay": 0, "shift": 0, "flip": False}
     recipe = {"widths": [4], "depths": [], "batch_size": 4, "cycles": [cycle]}
-    monkeypatch.setitem(evaluate.RECIPES, str(tmp_path / "a/photos"), evaluate.DEFAULT_RECIPE | recipe)
+    monkeypatch.setitem(features.RECIPES, str(tmp_path / "a/photos"), features.DEFAULT_RECIPE | recipe)
     for side, count in ("a", 20), ("b", 21), ("moved", 20):
         for i in range(count):
             path = tmp_path / side / "photos" / ("cats" if i % 2 else "dogs") / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), (12 * i, 100, 100)).save(path)
-    evaluate.train_features(str(tmp_path / "a/photos"))
-    assert evaluate.load_features(tmp_path / "a/photos").classes == ["cats", "dogs"]
-    assert evaluate.load_features(tmp_path / "moved/photos").classes == ["cats", "dogs"]
+    features.train_features(str(tmp_path / "a/photos"))
+    assert features.load_features(tmp_path / "a/photos").classes == ["cats", "dogs"]
+    assert features.load_features(tmp_path / "moved/photos").classes == ["cats", "dogs"]
     with pytest.raises(UserError, match="another folder of that name .20 files, .*; here 21 files, "):
-        evaluate.load_features(tmp_path / "b/photos")
+        features.load_features(tmp_path / "b/photos")
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """A project folder whose data set `toy` is easy: class 1 is bright on the left, class 0 on the right."""
-    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
-    monkeypatch.setattr(evaluate, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(features, "ROOT", tmp_path)
+    monkeypatch.setattr(features, "CHECKPOINTS", tmp_path / "checkpoints")
     cycle = {"epochs": 2, "learning_rate": 0.2, "weight_decay": 5e-4, "shift": 1, "flip": False}
     recipe = {"widths": [4, 8], "depths": [1], "batch_size": 50, "cycles": [cycle]}
-    monkeypatch.setitem(evaluate.RECIPES, "toy", evaluate.DEFAULT_RECIPE | recipe)
+    monkeypatch.setitem(features.RECIPES, "toy", features.DEFAULT_RECIPE | recipe)
 
     def load(name, split="train", image_size=None):
         if name != "toy":
@@ -372,7 +382,7 @@ def toy(tmp_path, monkeypatch):
         images[labels == 0, :, :, 4:] += 120
         return ImageData(images, labels, ["right", "left"], "toy", False, 8)
 
-    monkeypatch.setattr(evaluate, "load_data", load)
+    monkeypatch.setattr(image_data, "load_data", load)
     return load
 
 
@@ -384,8 +394,8 @@ def test_from_training_a_classifier_to_numbers(toy, tmp_path, capsys):
     run("train-features", "toy")
     facts = json.loads(capsys.readouterr().out)
     assert facts["test_accuracy"] > 0.9 and facts["command"] == "python evaluate.py train-features toy"
-    net = evaluate.load_features("toy")
-    assert evaluate.accuracy(net, toy("toy", "test")) == facts["test_accuracy"]
+    net = features.load_features("toy")
+    assert features.accuracy(net, toy("toy", "test")) == facts["test_accuracy"]
 
     train, path = toy("toy"), tmp_path / "samples.npz"
     save_samples(path, train.images, train.labels)
@@ -418,14 +428,14 @@ def test_from_training_a_classifier_to_numbers(toy, tmp_path, capsys):
     reference = tmp_path / "checkpoints/reference_toy.safetensors"
     reference.rename(reference.with_name("features_toy.safetensors"))
     with pytest.raises(UserError, match="does not fit the network"):
-        evaluate.load_features("toy")
+        features.load_features("toy")
 
 
 def test_a_folder_of_photographs_is_measured_in_another_classifiers_features(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(features, "CHECKPOINTS", tmp_path)
     shape = {"channels": 3, "image_size": 8, "classes": 2, "widths": [4, 8], "depths": [1]}
     facts = {"architecture": shape, "classes": ["a", "b"], "test_accuracy": 0.5}
-    evaluate.save_tensors(tmp_path / "features_rgb.safetensors", evaluate.FeatureNet(**shape).state_dict(), facts)
+    save_tensors(tmp_path / "features_rgb.safetensors", features.FeatureNet(**shape).state_dict(), facts)
     g = generator(5)
     for i in range(400):
         path = tmp_path / f"photographs/{i}.png"
@@ -441,7 +451,7 @@ def test_a_folder_of_photographs_is_measured_in_another_classifiers_features(tmp
     assert result["frechet_distance_to_train"] == pytest.approx(0, abs=1e-6)
 
     # twice as large as the classifier takes: shrunk, and the real images in the same way
-    save_samples(tmp_path / "large.npz", evaluate.load_whole(tmp_path / "photographs", image_size=16).images)
+    save_samples(tmp_path / "large.npz", features.load_whole(tmp_path / "photographs", image_size=16).images)
     run(tmp_path / "large.npz", "--data", tmp_path / "photographs", "--features", "rgb", "--k", 1)
     result = json.loads(capsys.readouterr().out)
     assert result["image_size"] == 16 and result["frechet_distance_to_train"] == pytest.approx(0, abs=1e-6)
@@ -451,28 +461,28 @@ def test_mirrored_features_do_not_tell_left_from_right():
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8)
     for mirror in (False, True):
-        net = evaluate.FeatureNet(3, 8, 2, [4, 8], [1], mirror).eval()
+        net = features.FeatureNet(3, 8, 2, [4, 8], [1], mirror).eval()
         for here, there in zip(net(x), net(x.flip(-1)), strict=True):
             assert torch.allclose(here, there, atol=1e-6) == mirror
     weights = net.state_dict()
-    plain = evaluate.FeatureNet(3, 8, 2, [4, 8], [1])
+    plain = features.FeatureNet(3, 8, 2, [4, 8], [1])
     plain.load_state_dict(weights)
     assert torch.allclose(net(x)[1], (plain.eval()(x)[1] + plain(x.flip(-1))[1]) / 2, atol=1e-6)
 
 
 def test_finished_classifier_training_is_not_repeated(toy, tmp_path, monkeypatch):
-    first = evaluate.train_features("toy")
-    monkeypatch.setattr(evaluate, "train_epoch", lambda *_: pytest.fail("trained again"))
-    assert evaluate.train_features("toy") == first
+    first = features.train_features("toy")
+    monkeypatch.setattr(features, "train_epoch", lambda *_: pytest.fail("trained again"))
+    assert features.train_features("toy") == first
 
 
 def test_interrupted_classifier_training_goes_on_to_the_same_weights(toy, tmp_path, monkeypatch):
-    evaluate.train_features("toy")
+    features.train_features("toy")
     path = tmp_path / "checkpoints/features_toy.safetensors"
     whole = path.read_bytes()
     for file in tmp_path.rglob("*.*"):
         file.unlink() if file.is_file() else None
-    measure, calls = evaluate.accuracy, []
+    measure, calls = features.accuracy, []
 
     def interrupt(net, data):
         calls.append(1)
@@ -480,11 +490,11 @@ def test_interrupted_classifier_training_goes_on_to_the_same_weights(toy, tmp_pa
             raise KeyboardInterrupt
         return measure(net, data)
 
-    monkeypatch.setattr(evaluate, "accuracy", interrupt)
+    monkeypatch.setattr(features, "accuracy", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.train_features("toy")
+        features.train_features("toy")
     assert not path.exists()
-    facts = evaluate.train_features("toy")
+    facts = features.train_features("toy")
     assert [h["epoch"] for h in facts["history"]] == [1, 2]
     first, second = (safetensors.torch.load(data) for data in (whole, path.read_bytes()))
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -495,32 +505,36 @@ def test_interrupted_classifier_training_goes_on_to_the_same_weights(toy, tmp_pa
 
 @pytest.fixture(scope="module")
 def shipped():
-    net = evaluate.load_features("fashion_mnist")
-    return net, evaluate.load_reference("fashion_mnist", net)[0], load_data("fashion_mnist", "test")
+    net = features.load_features("fashion_mnist")
+    return net, features.load_reference("fashion_mnist", net)[0], load_data("fashion_mnist", "test")
 
 
 def test_shipped_classifier(shipped):
     net, reference, test = shipped
-    _, facts = evaluate.read_file(evaluate.checkpoint_path("features", "fashion_mnist"), "")
+    _, facts = read_file(features.checkpoint_path("features", "fashion_mnist"), "")
     assert facts["test_accuracy"] >= 0.94
     some = ImageData(test.images[:1000], test.labels[:1000], test.classes, "", False, 28)
-    assert evaluate.accuracy(net, some) > 0.92
+    assert features.accuracy(net, some) > 0.92
     assert reference["test_features"].shape == (10_000, net.head.in_features) == reference["train_features"].shape
     # the stored half-precision features are those behind the stored statistics
-    stored = evaluate.statistics(reference["test_features"])
+    stored = features.statistics(reference["test_features"])
     assert evaluate.frechet(*stored, reference["test_mean"], reference["test_cov"]) < 1e-3
 
 
 def test_shipped_classifier_orders_images(shipped):
     net, reference, test = shipped
     images, g = test.images[:600], generator(0)
-    sets = [images, evaluate.add_noise(images, 0.1, g), evaluate.add_noise(images, 0.4, g),
-            torch.randint(256, images.shape, generator=g, dtype=torch.uint8)]  # fmt: skip
-    results = [evaluate.compare(evaluate.features(net, x)[0], reference, draws=0) for x in sets]
+    sets = [
+        images,
+        evaluate.add_noise(images, 0.1, g),
+        evaluate.add_noise(images, 0.4, g),
+        torch.randint(256, images.shape, generator=g, dtype=torch.uint8),
+    ]
+    results = [evaluate.compare(evaluate.features_of(net, x)[0], reference, draws=0) for x in sets]
     for measure in (lambda r: r["frechet_distance"], lambda r: r["kernel_distance"]["kid"], lambda r: -r["precision"]):
         values = [measure(r) for r in results]
         assert values == sorted(values) and values[0] < values[-1]
-    blurred = evaluate.features(net, evaluate.blur(images, 1.5))[0]
+    blurred = evaluate.features_of(net, evaluate.blur(images, 1.5))[0]
     assert evaluate.compare(blurred, reference, draws=0)["frechet_distance"] > results[0]["frechet_distance"]
 
 
@@ -540,22 +554,28 @@ def nan_images(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("make, options, message", [
-    (lambda p: samples(p, (300, 32, 32, 1)), [], "expects 28 x 28 x 1"),
-    (lambda p: samples(p, (300, 28, 28, 3)), [], "expects 28 x 28 x 1"),
-    (lambda p: samples(p, (100, 28, 28, 1)), [], "do not determine the covariance"),
-    (lambda p: samples(p, high=2), [], "largest value is 1"),
-    (lambda p: samples(p, dtype=np.float32), [], "uint8"),
-    (nan_images, [], "uint8"),
-    (samples, ["--labels"], "have no labels"),
-    (lambda p: samples(p, labels=np.full(300, 10)), [], "label 10 is out of range"),
-    (samples, ["--data", "nonsense"], "features_nonsense.safetensors"),
-    (samples, ["--features", "nonsense"], "features_nonsense.safetensors"),
-    (lambda p: samples(p, labels=np.zeros(300, int)), ["--data", "x/cifar10", "--features", "fashion_mnist", "--labels"],
-     "does not know the labels of cifar10"),
-    (samples, ["--bootstrap", "1"], "at least 2 draws"),
-    (lambda p: p / "missing.npz", [], "no sample file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, options, message",
+    [
+        (lambda p: samples(p, (300, 32, 32, 1)), [], "expects 28 x 28 x 1"),
+        (lambda p: samples(p, (300, 28, 28, 3)), [], "expects 28 x 28 x 1"),
+        (lambda p: samples(p, (100, 28, 28, 1)), [], "do not determine the covariance"),
+        (lambda p: samples(p, high=2), [], "largest value is 1"),
+        (lambda p: samples(p, dtype=np.float32), [], "uint8"),
+        (nan_images, [], "uint8"),
+        (samples, ["--labels"], "have no labels"),
+        (lambda p: samples(p, labels=np.full(300, 10)), [], "label 10 is out of range"),
+        (samples, ["--data", "nonsense"], "features_nonsense.safetensors"),
+        (samples, ["--features", "nonsense"], "features_nonsense.safetensors"),
+        (
+            lambda p: samples(p, labels=np.zeros(300, int)),
+            ["--data", "x/cifar10", "--features", "fashion_mnist", "--labels"],
+            "does not know the labels of cifar10",
+        ),
+        (samples, ["--bootstrap", "1"], "at least 2 draws"),
+        (lambda p: p / "missing.npz", [], "no sample file"),
+    ],
+)
 def test_bad_samples(tmp_path, refused, make, options, message):
     out = tmp_path / "out.json"
     line = refused(evaluate.main, make(tmp_path), "--data", "fashion_mnist", *options, "--json-out", out)
@@ -590,10 +610,14 @@ def test_inception_without_its_package_is_one_line(tmp_path, monkeypatch):
 
 def test_a_checkpoint_from_the_command_line(tmp_path, capsys):
     from modules import PatchUNet
-    from training import save_checkpoint
+    from weights import save_checkpoint
 
-    config = {"model": {"name": "PatchUNet", "channels": 1, "width": 8}, "diffusion": {"timesteps": 20},
-              "data": {"name": "fashion_mnist", "image_size": 28}, "train": {"ema_betas": [], "steps": 1, "batch_size": 1}}  # fmt: skip
+    config = {
+        "model": {"name": "PatchUNet", "channels": 1, "width": 8},
+        "diffusion": {"timesteps": 20},
+        "data": {"name": "fashion_mnist", "image_size": 28},
+        "train": {"ema_betas": [], "steps": 1, "batch_size": 1},
+    }
     model = PatchUNet(channels=1, width=8)  # its last layer starts at zero: it predicts that there is no noise
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, {"raw": model.state_dict()}, config)
@@ -609,6 +633,9 @@ def test_a_checkpoint_from_the_command_line(tmp_path, capsys):
 
 @pytest.mark.parametrize(("count", "classes"), [(3, None), (10, list("abcdefghij"))])
 def test_labels_of_other_classes_are_refused(count, classes):
-    config = {"data": {"image_size": 28} | ({"classes": classes} if classes else {}), "model": {"channels": 1, "num_classes": count}}
+    config = {
+        "data": {"image_size": 28} | ({"classes": classes} if classes else {}),
+        "model": {"channels": 1, "num_classes": count},
+    }
     with pytest.raises(UserError, match="are not those of the model"):
         evaluate.model_images(str(evaluate.ROOT / "data/fashion_mnist_sample"), config, 5)

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import modules
 from ddpm import guided
 from modules import EMA, PatchUNet, UNet, UNet_conditional
-from training import load_checkpoint, train
+from training import train
+from weights import load_checkpoint
 
 DATA = Path(__file__).parent / "data"
 
@@ -123,10 +124,14 @@ def test_patch_unet_shapes(channels, size, classes, block):
 
 @settings(max_examples=25)
 @given(
-    width=st.integers(1, 40), mults=st.lists(st.integers(1, 3), min_size=1, max_size=3), depth=st.integers(1, 2),
-    block=st.sampled_from(list(modules.BLOCKS)), attention=st.booleans(), classes=st.sampled_from([None, 1, 3]),
+    width=st.integers(1, 40),
+    mults=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    depth=st.integers(1, 2),
+    block=st.sampled_from(list(modules.BLOCKS)),
+    attention=st.booleans(),
+    classes=st.sampled_from([None, 1, 3]),
     channels=st.sampled_from([1, 3]),
-)  # fmt: skip
+)
 def test_patch_unet_of_any_shape(width, mults, depth, block, attention, classes, channels):
     model = PatchUNet(channels, width, mults, depth, 2, classes, block, attention)
     x, t = inputs(channels, model.size_multiple, n=2)
@@ -143,8 +148,11 @@ def test_patch_unet_trains_every_weight(block):
 
 
 def networks():
-    return [PatchUNet(1, width=8, num_classes=5), PatchUNet(1, width=8, num_classes=5, block="convnext"),
-            UNet_conditional(1, num_classes=5, width=8)]  # fmt: skip
+    return [
+        PatchUNet(1, width=8, num_classes=5),
+        PatchUNet(1, width=8, num_classes=5, block="convnext"),
+        UNet_conditional(1, num_classes=5, width=8),
+    ]
 
 
 @pytest.mark.parametrize("which", range(3))

@@ -65,8 +65,14 @@ def test_finds_the_project(path, folder, monkeypatch):
 
 
 def test_failing_cell_is_one_line(tmp_path, refused):
-    notebook = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [
-        {"cell_type": "code", "id": "a", "source": "1 / 0", "metadata": {}, "outputs": [], "execution_count": None}]}  # fmt: skip
+    notebook = {
+        "nbformat": 4,
+        "nbformat_minor": 5,
+        "metadata": {},
+        "cells": [
+            {"cell_type": "code", "id": "a", "source": "1 / 0", "metadata": {}, "outputs": [], "execution_count": None}
+        ],
+    }
     path = tmp_path / "broken.ipynb"
     path.write_text(json.dumps(notebook))
     error = refused(lambda argv: build.execute_notebook(path, tmp_path / "out.ipynb"))

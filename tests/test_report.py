@@ -35,8 +35,15 @@ def test_builds_from_what_is_there(tmp_path):
 
 def test_at_most_15_pages():
     inputs = {"lastname": "Perez", "available": json.dumps(build.available())}
-    pages = typst.query(ROOT / "report/report.typ", "<pages>", field="value", one=True, root=ROOT / "report",
-                        ignore_system_fonts=True, sys_inputs=inputs)  # fmt: skip
+    pages = typst.query(
+        ROOT / "report/report.typ",
+        "<pages>",
+        field="value",
+        one=True,
+        root=ROOT / "report",
+        ignore_system_fonts=True,
+        sys_inputs=inputs,
+    )
     assert json.loads(pages) <= 15
 
 
@@ -51,8 +58,11 @@ def test_every_question_is_answered_in_order():
 
 
 def test_every_picture_is_drawn_by_a_notebook():
-    sources = "".join("".join(cell["source"]) for path in (ROOT / "notebooks").glob("*.ipynb")
-                      for cell in json.loads(path.read_text())["cells"])  # fmt: skip
+    sources = "".join(
+        "".join(cell["source"])
+        for path in (ROOT / "notebooks").glob("*.ipynb")
+        for cell in json.loads(path.read_text())["cells"]
+    )
     saved = set(re.findall(r'figures\.save\(.*?f?"([a-z_0-9]+)[{"]', sources, re.DOTALL))
     used = set(re.findall(r'picture\("([a-z_0-9]+)"', REPORT))
     assert used and used <= saved, used - saved
@@ -68,12 +78,15 @@ def test_stale_figure_is_refused(folders):
         build.available()
 
 
-@pytest.mark.parametrize("result", [
-    {"checkpoint": "a.safetensors", "sha256": "0" * 64},
-    {"rows": [{"data": "x", "features": {"name": "x", "sha256": "0" * 64}}]},
-    {"data": "x", "deep": {"features": {"name": "x"}, "reference": {"sha256": "0" * 64}}},
-    {"runs": [{"name": "b", "sha256": "0" * 64, "config": {}}]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"checkpoint": "a.safetensors", "sha256": "0" * 64},
+        {"rows": [{"data": "x", "features": {"name": "x", "sha256": "0" * 64}}]},
+        {"data": "x", "deep": {"features": {"name": "x"}, "reference": {"sha256": "0" * 64}}},
+        {"runs": [{"name": "b", "sha256": "0" * 64, "config": {}}]},
+    ],
+)
 def test_stale_result_is_refused(folders, result):
     for name in ("a", "features_x", "reference_x", "grid_b"):
         (folders / "CHECKPOINTS" / f"{name}.safetensors").write_bytes(b"weights")
@@ -90,16 +103,26 @@ def test_a_computed_reference_need_not_ship(folders):
     """Of a data set that is measured in another's features; nor need the checkpoint that a training started from."""
     weights = folders / "CHECKPOINTS" / "features_y.safetensors"
     weights.write_bytes(b"weights")
-    result = {"data": "x", "features": {"name": "y", "sha256": figures.sha256(weights)}, "reference": {"sha256": "0" * 64},
-              "config": {"train": {"init": {"checkpoint": "z.safetensors", "sha256": "0" * 64}}}}  # fmt: skip
+    result = {
+        "data": "x",
+        "features": {"name": "y", "sha256": figures.sha256(weights)},
+        "reference": {"sha256": "0" * 64},
+        "config": {"train": {"init": {"checkpoint": "z.safetensors", "sha256": "0" * 64}}},
+    }
     (folders / "RESULTS" / "numbers.json").write_text(json.dumps(result))
     assert build.available()["results"] == ["numbers"]
 
 
 def test_a_notebook_whose_kernel_dies(tmp_path):
     path = tmp_path / "x.ipynb"
-    cell = {"cell_type": "code", "id": "a", "execution_count": None, "metadata": {}, "outputs": [],
-            "source": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"}  # fmt: skip
+    cell = {
+        "cell_type": "code",
+        "id": "a",
+        "execution_count": None,
+        "metadata": {},
+        "outputs": [],
+        "source": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    }
     path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]}))
     with pytest.raises(UserError, match="kernel of x.ipynb died"):
         build.execute_notebook(path, tmp_path / "out.ipynb")

@@ -25,8 +25,9 @@ from torch import nn
 import training
 import utils
 from ddpm import Diffusion
-from training import Held, Run, load_checkpoint, load_state, locked, save_checkpoint, save_state, train
+from training import Held, Run, load_state, locked, save_state, train
 from utils import UserError
+from weights import build_model, load_checkpoint, read_checkpoint, save_checkpoint, select_weights
 
 
 def contents(folder):
@@ -120,7 +121,7 @@ def test_plain_loop_is_the_same_run(tiny_data, tmp_path, optimizer):
     config = tiny_config(optimizer=optimizer, loss="l2", lr=lr)
     train(copy.deepcopy(config), tiny_data, tmp_path)
     torch.manual_seed(0)
-    model = training.build_model(config["model"])
+    model = build_model(config["model"])
     average, losses = copy.deepcopy(model), []
     step_of = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
     optim = step_of(model.parameters(), lr=lr, foreach=False)
@@ -265,10 +266,18 @@ def test_a_new_run_on_an_old_folder_is_refused(finished, tiny_data):
         train(tiny_config(), tiny_data, finished)
 
 
-@pytest.mark.parametrize("section, name, value", [
-    ("train", "lr", 2e-3), ("train", "batch_size", 4), ("train", "seed", 1), ("model", "width", 16),
-    ("diffusion", "schedule", "linear"), ("data", "images", 41), ("train", "ema_betas", [0.5]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "section, name, value",
+    [
+        ("train", "lr", 2e-3),
+        ("train", "batch_size", 4),
+        ("train", "seed", 1),
+        ("model", "width", 16),
+        ("diffusion", "schedule", "linear"),
+        ("data", "images", 41),
+        ("train", "ema_betas", [0.5]),
+    ],
+)
 def test_resume_with_other_settings_is_refused(finished, tiny_data, section, name, value):
     config = tiny_config()
     config[section][name] = value
@@ -322,8 +331,28 @@ def test_compile_without_a_compiler(tiny_data, tmp_path, monkeypatch):
 
 def test_sigterm_to_a_real_process(idx_folder, tmp_path):
     """A process of its own, ended by SIGTERM in the middle of training, and resumed, against one that was left alone."""
-    flags = ["--data", idx_folder, "--image-size", 8, "--width", 8, "--batch-size", 8, "--timesteps", 10, "--device", "cpu",
-             "--sample-every", 0, "--precision", "float32", "--ema-start", 5, "--epochs", 500]  # fmt: skip
+    flags = [
+        "--data",
+        idx_folder,
+        "--image-size",
+        8,
+        "--width",
+        8,
+        "--batch-size",
+        8,
+        "--timesteps",
+        10,
+        "--device",
+        "cpu",
+        "--sample-every",
+        0,
+        "--precision",
+        "float32",
+        "--ema-start",
+        5,
+        "--epochs",
+        500,
+    ]
     flags = list(map(str, flags))
     command = [sys.executable, str(ROOT / "ddpm_unconditional.py"), "train", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: another number of threads adds in another order
@@ -381,7 +410,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 torch.set_num_threads(1)
 from conftest import tiny_config, tiny_data
 import training
-from utils import ImageData
+
 data = ImageData(**torch.load({data!r}))
 def config(): return tiny_config(optimizer="sgd", lr=0.05)
 training.train(config(), data, {out!r} + "/two")
@@ -428,7 +457,7 @@ from conftest import tiny_config
 import training, utils
 
 def train(step):
-    data = utils.ImageData(**torch.load({data!r}, weights_only=False))
+    data = image_data.ImageData(**torch.load({data!r}, weights_only=False))
     if os.environ["RANK"] == "1":
         if step is None:
             raise utils.UserError("it broke")
@@ -448,10 +477,24 @@ utils.command_line(lambda: train({step}))
 def test_a_process_that_fails_alone(step, tiny_data, tmp_path):
     """Its message is all there is to read, and the others end, where they wait for it to begin or to go on."""
     torch.save(vars(tiny_data), tmp_path / "data.pt")
-    names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "data": str(tmp_path / "data.pt"), "out": str(tmp_path / "run")}
+    names = {
+        "root": str(ROOT),
+        "tests": str(ROOT / "tests"),
+        "data": str(tmp_path / "data.pt"),
+        "out": str(tmp_path / "run"),
+    }
     (tmp_path / "worker.py").write_text(FAILING.format(step=step, **names))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "worker.py"]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        tmp_path / "worker.py",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode != 0 and done.stderr.count("error: it broke") == 1
     assert "[rank0]: Traceback" not in done.stderr
     codes = dict(re.findall(r"rank +: (\d).*\n +exitcode +: (-?\d+)", done.stderr))
@@ -483,7 +526,7 @@ def test_several_processes_need_cpus_or_all_gpus(device, monkeypatch, tiny_data,
 
 
 def test_bfloat16_is_close_to_float32(tiny_data, tmp_path):
-    if training.pick_precision(torch.device("cpu")) != "bfloat16":
+    if utils.pick_precision(torch.device("cpu")) != "bfloat16":
         pytest.skip("this CPU has no bfloat16")
     for precision in ("float32", "bfloat16"):
         train(tiny_config(precision=precision, optimizer="sgd", lr=0.05), tiny_data, tmp_path / precision)
@@ -491,8 +534,8 @@ def test_bfloat16_is_close_to_float32(tiny_data, tmp_path):
 
 
 def test_precision_is_picked_by_what_the_device_does():
-    assert training.pick_precision(torch.device("cpu")) in ("float32", "bfloat16")
-    assert training.pick_precision(torch.device("mps")) == "float32"
+    assert utils.pick_precision(torch.device("cpu")) in ("float32", "bfloat16")
+    assert utils.pick_precision(torch.device("mps")) == "float32"
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------------
@@ -514,8 +557,8 @@ def test_each_kind_of_weights(finished):
 
 
 def test_half_precision_checkpoint(finished, tmp_path):
-    tensors, config = training.read_checkpoint(finished / "model.safetensors")
-    weights = training.select_weights(tensors, "ema_0.9", config)
+    tensors, config = read_checkpoint(finished / "model.safetensors")
+    weights = select_weights(tensors, "ema_0.9", config)
     save_checkpoint(tmp_path / "half.safetensors", {"ema": weights}, config, half=True)
     assert all(w.dtype == torch.float16 for w in load_file(tmp_path / "half.safetensors").values())
     model, _, _ = load_checkpoint(tmp_path / "half.safetensors")
@@ -555,8 +598,8 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, tiny_data, save):
 
 
 def test_mismatch_names_the_first_tensor(finished, tmp_path):
-    tensors, config = training.read_checkpoint(finished / "model.safetensors")
-    weights = training.select_weights(tensors, "raw", config)
+    tensors, config = read_checkpoint(finished / "model.safetensors")
+    weights = select_weights(tensors, "raw", config)
     other = copy.deepcopy(config)
     other["model"]["width"] = 12
     save_checkpoint(tmp_path / "wide.safetensors", {"raw": weights}, other)
@@ -596,16 +639,28 @@ def test_damaged_checkpoints(finished, tmp_path, name, damage):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("change", [
-    lambda c: c.clear(), lambda c: c.update(model=3), lambda c: c["model"].update(name="os.system"),
-    lambda c: c["model"].update(width=-1), lambda c: c["model"].update(mults=[]), lambda c: c["model"].update(colour=1),
-    lambda c: c["diffusion"].update(schedule="steep"), lambda c: c["diffusion"].update(timesteps=0),
-    lambda c: c["diffusion"].update(timesteps="many"), lambda c: c.pop("diffusion"), lambda c: c.pop("train"),
-    lambda c: c["data"].update(image_size=9), lambda c: c["data"].update(image_size="8"), lambda c: c["data"].clear(),
-    lambda c: c["train"].update(ema_betas=["x"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.clear(),
+        lambda c: c.update(model=3),
+        lambda c: c["model"].update(name="os.system"),
+        lambda c: c["model"].update(width=-1),
+        lambda c: c["model"].update(mults=[]),
+        lambda c: c["model"].update(colour=1),
+        lambda c: c["diffusion"].update(schedule="steep"),
+        lambda c: c["diffusion"].update(timesteps=0),
+        lambda c: c["diffusion"].update(timesteps="many"),
+        lambda c: c.pop("diffusion"),
+        lambda c: c.pop("train"),
+        lambda c: c["data"].update(image_size=9),
+        lambda c: c["data"].update(image_size="8"),
+        lambda c: c["data"].clear(),
+        lambda c: c["train"].update(ema_betas=["x"]),
+    ],
+)
 def test_checkpoints_with_a_strange_configuration(finished, tmp_path, change):
-    tensors, config = training.read_checkpoint(finished / "model.safetensors")
+    tensors, config = read_checkpoint(finished / "model.safetensors")
     change(config)
     save_file(tensors, tmp_path / "x.safetensors", {"config": json.dumps(config)})
     with pytest.raises(UserError):
@@ -619,11 +674,17 @@ def test_checkpoints_without_a_configuration(tmp_path, metadata):
         load_checkpoint(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("section, name, value, message", [
-    ("data", "image_size", 10, "an --image-size that 4 divides"), ("model", "num_classes", "ten", "cannot be built"),
-    ("model", "width", 0, "cannot be built"), ("diffusion", "timesteps", 0, "timesteps must be"),
-    ("diffusion", "timesteps", 90_000, "too many for the linear schedule"), ("diffusion", "schedule", "log", "unknown schedule"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "section, name, value, message",
+    [
+        ("data", "image_size", 10, "an --image-size that 4 divides"),
+        ("model", "num_classes", "ten", "cannot be built"),
+        ("model", "width", 0, "cannot be built"),
+        ("diffusion", "timesteps", 0, "timesteps must be"),
+        ("diffusion", "timesteps", 90_000, "too many for the linear schedule"),
+        ("diffusion", "schedule", "log", "unknown schedule"),
+    ],
+)
 def test_bad_configurations_leave_no_run(tiny_data, tmp_path, section, name, value, message):
     config = tiny_config()
     config["diffusion"]["schedule"] = "linear"
@@ -736,10 +797,14 @@ def test_nan_weights_are_not_saved(tiny_data, tmp_path, monkeypatch):
     assert load_state(tmp_path)[0]["step"] == 0 and not (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("error", [
-    MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 9"),
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 9"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+)
 def test_out_of_memory_says_which_batch_size_to_try(tiny_data, tmp_path, monkeypatch, error):
     def fail(*_):
         raise error
@@ -783,8 +848,8 @@ def file_size_limit(n):
 
 def test_a_write_that_really_fails_halfway(finished, tmp_path):
     """The kernel itself ends the write in the middle, as on a full disk: for states and for checkpoints."""
-    tensors, config = training.read_checkpoint(finished / "model.safetensors")
-    weights = training.select_weights(tensors, "raw", config)
+    tensors, config = read_checkpoint(finished / "model.safetensors")
+    weights = select_weights(tensors, "raw", config)
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"the old one")
     with file_size_limit(5000), pytest.raises(UserError, match=f"cannot write {path}: File too large"):
@@ -824,5 +889,8 @@ def test_files_of_others_in_the_run_folder_stay(tmp_path):
     (second,) = training.save_state(tmp_path, {"step": 2}, first)[-1:]
     training.save_state(tmp_path, {"step": 3}, [second])
     assert sorted(p.name for p in tmp_path.glob("state_*")) == sorted(
-        [p.name for p in tmp_path.glob(training.STATES)] + ["state_1.pt", "state_dict.pt"])
-    assert len(list(tmp_path.glob(training.STATES))) == 2 and all((tmp_path / name).read_text() == "mine" for name in others)
+        [p.name for p in tmp_path.glob(training.STATES)] + ["state_1.pt", "state_dict.pt"]
+    )
+    assert len(list(tmp_path.glob(training.STATES))) == 2 and all(
+        (tmp_path / name).read_text() == "mine" for name in others
+    )

@@ -19,18 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
+import image_data
 import utils
-from utils import (
-    UserError,
-    atomic_path,
-    augment,
-    generator,
-    image_grid,
-    load_data,
-    load_samples,
-    save_gif,
-    save_samples,
-)
+from image_data import augment, load_data
+from utils import UserError, atomic_path, generator, image_grid, load_samples, save_gif, save_samples
 
 
 def picture(path, size=(32, 32), seed=0, **settings):
@@ -61,15 +53,18 @@ def mutations(content):
 # --- errors and files ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error, status, words", [
-    (UserError("first\nsecond"), 2, "first second"),
-    (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
-    (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), 2, "Permission denied: /etc/x"),
-    (MemoryError(), 2, "out of memory"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), 2, "--batch-size"),
-    (KeyboardInterrupt(), 130, "interrupted"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, status, words",
+    [
+        (UserError("first\nsecond"), 2, "first second"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), 2, "Permission denied: /etc/x"),
+        (MemoryError(), 2, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), 2, "--batch-size"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
 def test_expected_errors_become_one_line(error, status, words, capsys):
     def main():
         raise error
@@ -189,7 +184,7 @@ def only_the_sample(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("load_data must not use the network")
 
-    monkeypatch.setattr(utils, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.setattr(image_data, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
@@ -197,7 +192,7 @@ def only_the_sample(tmp_path, monkeypatch):
 def test_the_shipped_sample(only_the_sample, capsys, monkeypatch, tmp_path):
     sample = utils.ROOT / "data/fashion_mnist_sample"
     assert sum(file.stat().st_size for file in sample.iterdir()) < 2_000_000
-    monkeypatch.setattr(utils, "ROOT", tmp_path)  # without data/fashion_mnist
+    monkeypatch.setattr(image_data, "ROOT", tmp_path)  # without data/fashion_mnist
     (tmp_path / "data").mkdir()
     (tmp_path / "data/fashion_mnist_sample").symlink_to(sample)
     train, test = load_data("fashion_mnist"), load_data("fashion_mnist", "test")
@@ -211,8 +206,8 @@ def test_the_shipped_sample(only_the_sample, capsys, monkeypatch, tmp_path):
 
 
 def test_full_data_is_looked_up_in_order(tmp_path, monkeypatch, idx_folder, capsys):
-    monkeypatch.setattr(utils, "ROOT", tmp_path)
-    monkeypatch.setattr(utils, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    monkeypatch.setattr(image_data, "ROOT", tmp_path)
+    monkeypatch.setattr(image_data, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
     with pytest.raises(UserError, match="download_datasets.py fashion_mnist"):
         load_data("fashion_mnist")
     (tmp_path / "debian").symlink_to(idx_folder)
@@ -253,18 +248,21 @@ def idx_copy(tmp_path, idx_folder):
     return tmp_path
 
 
-@pytest.mark.parametrize("stem, damage", [
-    ("train-images-idx3-ubyte", lambda content: content[:-1]),
-    ("train-images-idx3-ubyte", lambda content: content[:7]),
-    ("train-images-idx3-ubyte", lambda content: b""),
-    ("train-images-idx3-ubyte", lambda content: b"\0\0\x0d\x03" + content[4:]),
-    ("train-images-idx3-ubyte", lambda content: content + b"\0"),
-    ("train-images-idx3-ubyte", lambda content: content[:8] + b"\0\0\0\x0e\0\0\0\x38" + content[16:]),  # 14 x 56
-    ("train-labels-idx1-ubyte", lambda content: content[:-1] + b"\x0a"),
-    ("train-labels-idx1-ubyte", lambda content: b"\0\0\x08\x01\0\0\0\x02\0\0"),
-    ("train-labels-idx1-ubyte", None),
-    ("train-images-idx3-ubyte", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stem, damage",
+    [
+        ("train-images-idx3-ubyte", lambda content: content[:-1]),
+        ("train-images-idx3-ubyte", lambda content: content[:7]),
+        ("train-images-idx3-ubyte", lambda content: b""),
+        ("train-images-idx3-ubyte", lambda content: b"\0\0\x0d\x03" + content[4:]),
+        ("train-images-idx3-ubyte", lambda content: content + b"\0"),
+        ("train-images-idx3-ubyte", lambda content: content[:8] + b"\0\0\0\x0e\0\0\0\x38" + content[16:]),  # 14 x 56
+        ("train-labels-idx1-ubyte", lambda content: content[:-1] + b"\x0a"),
+        ("train-labels-idx1-ubyte", lambda content: b"\0\0\x08\x01\0\0\0\x02\0\0"),
+        ("train-labels-idx1-ubyte", None),
+        ("train-images-idx3-ubyte", None),
+    ],
+)
 def test_damaged_idx_files_are_named(idx_copy, stem, damage):
     path = idx_copy / stem
     content = path.read_bytes()
@@ -276,8 +274,15 @@ def test_damaged_idx_files_are_named(idx_copy, stem, damage):
     assert len(load_data(idx_copy, "test")) == 16
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-20], lambda content: b"not gzip", lambda content: b"",
-                                    lambda content: content[:100] + b"\xff" * 50 + content[150:]])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-20],
+        lambda content: b"not gzip",
+        lambda content: b"",
+        lambda content: content[:100] + b"\xff" * 50 + content[150:],
+    ],
+)
 def test_damaged_gzip_is_named(idx_copy, damage):
     path = idx_copy / "train-images-idx3-ubyte"
     (idx_copy / f"{path.name}.gz").write_bytes(damage(gzip.compress(path.read_bytes())))
@@ -423,21 +428,24 @@ def test_folders_without_images_are_refused(tmp_path):
         load_data(tmp_path / "not there")
 
 
-@pytest.mark.parametrize("name", utils.FOLDERS)
+@pytest.mark.parametrize("name", image_data.FOLDERS)
 def test_data_that_is_not_there_names_its_command(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    monkeypatch.setattr(image_data, "ROOT", tmp_path)
     with pytest.raises(UserError, match=f"python download_datasets.py {name}`"):
         load_data(name)
 
 
 def test_named_folders_have_their_own_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    monkeypatch.setattr(image_data, "ROOT", tmp_path)
     for folder in ("cifar10", "cifar10-64"):
         for split in ("train", "test"):
             class_folder(tmp_path / folder / split, {"cat": 1, "dog": 1}, size=(64, 64))
     class_folder(tmp_path / "landscape_img_folder", {"sea": 2}, size=(100, 100))
-    settings = {name: (d.images.shape[-1], d.image_size, d.flip, d.crop, d.name)
-                for name in utils.FOLDERS for d in [load_data(name)]}  # fmt: skip
+    settings = {
+        name: (d.images.shape[-1], d.image_size, d.flip, d.crop, d.name)
+        for name in image_data.FOLDERS
+        for d in [load_data(name)]
+    }
     assert settings == {
         "cifar10": (32, 32, True, False, "cifar10"),
         "cifar10-64": (64, 64, True, False, "cifar10-64"),
@@ -447,24 +455,24 @@ def test_named_folders_have_their_own_settings(tmp_path, monkeypatch):
 
 def test_a_folder_is_known_by_its_files_wherever_it_lies(tmp_path):
     a, b = (class_folder(tmp_path / side / "photos", {"cats": 3, "dogs": 2}) for side in "ab")
-    assert utils.describe_folder(a) == utils.describe_folder(b)
-    assert utils.describe_folder(a).startswith("5 files, ")
+    assert image_data.describe_folder(a) == image_data.describe_folder(b)
+    assert image_data.describe_folder(a).startswith("5 files, ")
     (a / ".hidden").write_text("passed over")
-    assert utils.describe_folder(a) == utils.describe_folder(b)
+    assert image_data.describe_folder(a) == image_data.describe_folder(b)
     class_folder(tmp_path / "split/train", {"cats": 3, "dogs": 2})
-    split = utils.describe_folder(tmp_path / "split")
+    split = image_data.describe_folder(tmp_path / "split")
     picture(tmp_path / "split/elsewhere/000.png")  # neither train nor test
-    assert utils.describe_folder(tmp_path / "split") == split != utils.describe_folder(a)
+    assert image_data.describe_folder(tmp_path / "split") == split != image_data.describe_folder(a)
     picture(b / "dogs/000.png", (33, 32))
-    assert utils.describe_folder(a) != utils.describe_folder(b)
-    assert utils.describe_folder("cifar10") is utils.describe_folder(tmp_path / "nowhere") is None
+    assert image_data.describe_folder(a) != image_data.describe_folder(b)
+    assert image_data.describe_folder("cifar10") is image_data.describe_folder(tmp_path / "nowhere") is None
 
 
 def test_images_are_decoded_once(tmp_path, monkeypatch):
     class_folder(tmp_path, {"a": 5})
     first = load_data(tmp_path).images.clone()
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "decode_image", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(image_data, "decode_image", lambda *_: pytest.fail("decoded again"))
         assert torch.equal(load_data(tmp_path).images, first)
     picture(tmp_path / "a/000.png", seed=99)
     assert not torch.equal(load_data(tmp_path).images, first)
@@ -477,7 +485,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, c
     class_folder(tmp_path / "data", {"a": 5})
     expected = load_data(tmp_path / "data").images.clone()
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(utils, "CACHE", tmp_path / "file")
+    monkeypatch.setattr(image_data, "CACHE", tmp_path / "file")
     assert torch.equal(load_data(tmp_path / "data").images, expected)
     assert "stay in memory" in capsys.readouterr().err
 
@@ -487,10 +495,10 @@ def test_interrupted_decoding_leaves_no_cache(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     class_folder(tmp_path, {"a": 3})
-    monkeypatch.setattr(utils, "decode_image", interrupt)
+    monkeypatch.setattr(image_data, "decode_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load_data(tmp_path)
-    assert not list(utils.CACHE.iterdir())
+    assert not list(image_data.CACHE.iterdir())
 
 
 def test_decoding_agrees_with_torchvision(tmp_path):
@@ -499,7 +507,7 @@ def test_decoding_agrees_with_torchvision(tmp_path):
     )
     Image.fromarray(pixels).save(tmp_path / "x.png")
     expected = v2.Compose([v2.Resize(80), v2.CenterCrop(80)])(Image.fromarray(pixels))
-    decoded = utils.decode_image(tmp_path / "x.png", 80)
+    decoded = image_data.decode_image(tmp_path / "x.png", 80)
     assert decoded.shape == (80, 80, 3)
     assert np.abs(decoded.astype(int) - np.asarray(expected).astype(int)).max() <= 2
 
@@ -510,7 +518,7 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
-    decoded = utils.decode_image(tmp_path / "x.png", 40)
+    decoded = image_data.decode_image(tmp_path / "x.png", 40)
     assert decoded[:, 30:].min() == 255 and decoded[:, :10].max() == 0
 
 
@@ -518,7 +526,7 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
 def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     Image.new(mode, (10, 12)).save(path)
-    assert utils.decode_image(path, 8).shape == (8, 8, 3)
+    assert image_data.decode_image(path, 8).shape == (8, 8, 3)
 
 
 def test_16_bits_and_transparency(tmp_path):
@@ -531,7 +539,7 @@ def test_16_bits_and_transparency(tmp_path):
     Image.new("P", (8, 8), 0).save(tmp_path / "palette.png", transparency=0)
     expected = {"grey": 100, "opaque": 100, "clear": 255, "half": [255, 128, 128], "palette": 255}
     for name, colour in expected.items():
-        assert (utils.decode_image(tmp_path / f"{name}.png", 8) == colour).all(), name
+        assert (image_data.decode_image(tmp_path / f"{name}.png", 8) == colour).all(), name
 
 
 def _png():
@@ -543,7 +551,7 @@ def _png():
 @given(mutations(_png()))
 def test_fuzzed_images_decode_or_are_left_out(fuzz_folder, content):
     (fuzz_folder / "x.png").write_bytes(content)
-    decoded = utils.decode_image(fuzz_folder / "x.png", 8)
+    decoded = image_data.decode_image(fuzz_folder / "x.png", 8)
     assert decoded is None or decoded.shape == (8, 8, 3)
 
 
@@ -598,7 +606,7 @@ def test_cifar_batches_of_a_stranger_are_not_unpickled(tmp_path):
 
 def make_data(images, **settings):
     defaults = {"labels": None, "classes": [], "name": "x", "flip": False, "image_size": images.shape[-1]}
-    return utils.ImageData(images, **(defaults | settings))
+    return image_data.ImageData(images, **(defaults | settings))
 
 
 def test_without_flip_and_crop_a_batch_is_the_images(idx_folder):
@@ -707,16 +715,19 @@ def test_samples(tmp_path):
     assert (tmp_path / "x.npz").read_bytes() == before  # byte for byte
 
 
-@pytest.mark.parametrize("arrays, words", [
-    ({"pictures": np.zeros((2, 4, 4, 1), np.uint8)}, "no array called images"),
-    ({"images": np.zeros((2, 4, 4, 1))}, "uint8"),
-    ({"images": np.zeros((2, 4, 4), np.uint8)}, "N x H x W x C"),
-    ({"images": np.zeros((0, 4, 4, 1), np.uint8)}, "N x H x W x C"),
-    ({"images": np.zeros((2, 1, 4, 4), np.uint8)}, "N x H x W x C"),
-    ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(3, int)}, "labels"),
-    ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(2)}, "labels"),
-    ({"images": np.array([Malicious("pwned")])}, "not a readable"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        ({"pictures": np.zeros((2, 4, 4, 1), np.uint8)}, "no array called images"),
+        ({"images": np.zeros((2, 4, 4, 1))}, "uint8"),
+        ({"images": np.zeros((2, 4, 4), np.uint8)}, "N x H x W x C"),
+        ({"images": np.zeros((0, 4, 4, 1), np.uint8)}, "N x H x W x C"),
+        ({"images": np.zeros((2, 1, 4, 4), np.uint8)}, "N x H x W x C"),
+        ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(3, int)}, "labels"),
+        ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(2)}, "labels"),
+        ({"images": np.array([Malicious("pwned")])}, "not a readable"),
+    ],
+)
 def test_sample_files_are_validated(arrays, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("x.npz", **arrays)

@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # bit-exact only at one number of threads
 import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
+import image_data  # noqa: E402
 import training  # noqa: E402
 import utils  # noqa: E402
 
@@ -24,7 +25,7 @@ RESULTS = ROOT / "report/results/reliability.json"
 def tiny_images():
     """40 images of 8 x 8 in two classes."""
     images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=utils.generator(0))
-    return utils.ImageData(images, torch.arange(40) % 2, ["a", "b"], "noise", flip=True, image_size=8)
+    return image_data.ImageData(images, torch.arange(40) % 2, ["a", "b"], "noise", flip=True, image_size=8)
 
 
 def tiny_config(steps):
@@ -32,9 +33,20 @@ def tiny_config(steps):
         "model": {"name": "PatchUNet", "channels": 1, "width": 8, "mults": [1], "num_classes": 2},
         "diffusion": {"timesteps": 20, "schedule": "cosine", "objective": "simple"},
         "data": {"name": "noise", "image_size": 8, "flip": True, "images": 40, "classes": ["a", "b"]},
-        "train": {"loss": "l2", "steps": steps, "batch_size": 4, "lr": 1e-3, "optimizer": "adam", "seed": 0,
-                  "precision": "float32", "ema_betas": [0.9], "ema_start": 2, "p_uncond": 0.2, "label_dropout": "example"},
-    }  # fmt: skip
+        "train": {
+            "loss": "l2",
+            "steps": steps,
+            "batch_size": 4,
+            "lr": 1e-3,
+            "optimizer": "adam",
+            "seed": 0,
+            "precision": "float32",
+            "ema_betas": [0.9],
+            "ema_start": 2,
+            "p_uncond": 0.2,
+            "label_dropout": "example",
+        },
+    }
 
 
 def train_saving_often(steps, folder):

@@ -24,6 +24,7 @@ from common import final_bits, newest_step, record, states, train_saving_often, 
 
 import ddpm
 import download_datasets
+import image_data
 import utils
 
 STEPS = 6
@@ -139,9 +140,14 @@ def fill_under_commands(disk, checkpoint, archive):
             ]
         )
 
-    utils.ROOT = disk.folder
-    works = {"png": sample("png"), "gif": sample("gif"), "npz": sample("npz"), "safetensors": publish,
-             "unpack": lambda: download_datasets.main(["landscapes", "--from", str(archive)])}  # fmt: skip
+    utils.ROOT = image_data.ROOT = disk.folder
+    works = {
+        "png": sample("png"),
+        "gif": sample("gif"),
+        "npz": sample("npz"),
+        "safetensors": publish,
+        "unpack": lambda: download_datasets.main(["landscapes", "--from", str(archive)]),
+    }
     faults = survived = 0
     for name, work in works.items():
         for old in (False, True):
@@ -181,10 +187,14 @@ def main():
             training = fill_under_training(disk, final_bits(reference), state_size)
             commands = fill_under_commands(disk, reference / "model.safetensors", archive)
     kind = "a small tmpfs that fills up" if mounted else "files refused beyond a size (RLIMIT_FSIZE)"
-    record("disk_full", {
-        "disk": kind, "training": {"faults": training[0], "survived_and_resumed_to_the_same_bits": training[1]},
-        "sample_publish_unpack": {"faults": commands[0], "survived_with_nothing_half_written": commands[1]},
-    })  # fmt: skip
+    record(
+        "disk_full",
+        {
+            "disk": kind,
+            "training": {"faults": training[0], "survived_and_resumed_to_the_same_bits": training[1]},
+            "sample_publish_unpack": {"faults": commands[0], "survived_with_nothing_half_written": commands[1]},
+        },
+    )
     return training[0] == 0 or commands[0] == 0 or training[1] < training[0] or commands[1] < commands[0]
 
 

@@ -42,8 +42,10 @@ import ddpm_conditional
 import ddpm_unconditional
 import download_datasets
 import evaluate
+import image_data
 import training
 import utils
+from weights import build_model, read_checkpoint
 
 CPU_SECONDS = 30  # a case that computes for longer hangs
 SCRIPTS = {
@@ -161,16 +163,21 @@ def mangled(draw, data):
 
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 numbers = st.one_of(
-    st.integers(-3, 40), st.sampled_from([0, 1, 2, 7, 8, 16, 28, 10**6, 10**12, 10**30, -(2**63), 2**63, 2**64]),
-    st.floats(), st.sampled_from(["nan", "inf", "-inf", "1e-400", "1e400", "0x10", "1_0", "１", "", " 3 ", "-0", "+5", "1e3"]),
-)  # fmt: skip
+    st.integers(-3, 40),
+    st.sampled_from([0, 1, 2, 7, 8, 16, 28, 10**6, 10**12, 10**30, -(2**63), 2**63, 2**64]),
+    st.floats(),
+    st.sampled_from(["nan", "inf", "-inf", "1e-400", "1e400", "0x10", "1_0", "１", "", " 3 ", "-0", "+5", "1e3"]),
+)
 small = st.integers(1, 12)
 
 
 def flag(name, *values):
     """A flag with one value of the strategies, or without any."""
-    return st.one_of(*[v.map(lambda x: [name, x]) for v in values], *[v.map(lambda x: [f"{name}={x}"]) for v in values],
-                     st.just([name]))  # fmt: skip
+    return st.one_of(
+        *[v.map(lambda x: [name, x]) for v in values],
+        *[v.map(lambda x: [f"{name}={x}"]) for v in values],
+        st.just([name]),
+    )
 
 
 def choice(name, *values):
@@ -183,69 +190,150 @@ def flags_of(*flags):
 
 
 out_names = st.one_of(
-    st.sampled_from(["out/x.png", "out/x.gif", "out/x.npz", "out/x.json", "out/x.safetensors", "out", "out/a/b/c.png", "",
-                     "out/x", "out/x.PNG", "out/../out/y.npz", "/dev/null", "/dev/full", "/proc/x.png", "photos/dogs/0.png/x.gif",
-                     "out/" + 300 * "a" + ".png", "out/ü \n.npz", "out/.png", ".", "out/-.gif"]),
+    st.sampled_from(
+        [
+            "out/x.png",
+            "out/x.gif",
+            "out/x.npz",
+            "out/x.json",
+            "out/x.safetensors",
+            "out",
+            "out/a/b/c.png",
+            "",
+            "out/x",
+            "out/x.PNG",
+            "out/../out/y.npz",
+            "/dev/null",
+            "/dev/full",
+            "/proc/x.png",
+            "photos/dogs/0.png/x.gif",
+            "out/" + 300 * "a" + ".png",
+            "out/ü \n.npz",
+            "out/.png",
+            ".",
+            "out/-.gif",
+        ]
+    ),
     texts.map(lambda t: f"out/{t.replace('/', '_')}.png"),
-)  # fmt: skip
+)
 device = flag(
     "--device", st.sampled_from(["cpu", "auto", "cuda", "mps", "meta", "cuda:9", "cpu:0", "xla", "vulkan"]), texts
 )
 
 # Counts that only ask for more work than a test has time for (a million images, say) are not tried: they are no errors.
 train_flags = flags_of(
-    flag("--data", st.sampled_from(["idx", "photos", "flat", "empty", "nowhere", "idx/train-labels-idx1-ubyte", "", "."]), texts),
+    flag(
+        "--data",
+        st.sampled_from(["idx", "photos", "flat", "empty", "nowhere", "idx/train-labels-idx1-ubyte", "", "."]),
+        texts,
+    ),
     flag("--image-size", st.sampled_from([1, 2, 3, 4, 5, 8, 9, 12, 0, -8, 10**7]), texts),
     st.sampled_from([["--flip"], ["--no-flip"], ["--attention"], ["--no-attention"], ["--resume"], ["--help"]]),
-    choice("--schedule", *ddpm.SCHEDULES), flag("--timesteps", numbers), choice("--loss", *ddpm.LOSSES),
-    choice("--objective", *ddpm.OBJECTIVES), flag("--epochs", st.sampled_from([0.01, 0.1, 0.3, 1e-9, 0, -1, "nan", "inf", 1e30])),
+    choice("--schedule", *ddpm.SCHEDULES),
+    flag("--timesteps", numbers),
+    choice("--loss", *ddpm.LOSSES),
+    choice("--objective", *ddpm.OBJECTIVES),
+    flag("--epochs", st.sampled_from([0.01, 0.1, 0.3, 1e-9, 0, -1, "nan", "inf", 1e30])),
     flag("--minutes", st.sampled_from([0, -1, "nan", "inf", 1e-9, "one"])),
-    flag("--batch-size", st.sampled_from([1, 2, 3, 7, 16, 40, 0, -1, 10**30, "x"])), flag("--lr", numbers),
-    choice("--optimizer", *training.OPTIMIZERS), flag("--seed", numbers), choice("--model", "patch", "course"),
+    flag("--batch-size", st.sampled_from([1, 2, 3, 7, 16, 40, 0, -1, 10**30, "x"])),
+    flag("--lr", numbers),
+    choice("--optimizer", *training.OPTIMIZERS),
+    flag("--seed", numbers),
+    choice("--model", "patch", "course"),
     flag("--width", st.sampled_from([1, 2, 3, 4, 5, 8, 12, 33, 0, -4, 10**9]), texts),
     st.lists(st.sampled_from([1, 2, 3, 0, -1, 1000, "x"]), max_size=4).map(lambda m: ["--mults", *m]),
-    flag("--depth", st.sampled_from([1, 2, 0, -1, 10**9, "x"])), flag("--patch", st.sampled_from([1, 2, 3, 0, 64, 65, "x"])),
+    flag("--depth", st.sampled_from([1, 2, 0, -1, 10**9, "x"])),
+    flag("--patch", st.sampled_from([1, 2, 3, 0, 64, 65, "x"])),
     choice("--block", "resnet", "convnext"),
     st.lists(st.sampled_from([0, 0.5, 0.9, 0.999999, 1, -1, "nan", "x"]), max_size=3).map(lambda b: ["--ema-beta", *b]),
-    flag("--ema-start", numbers), flag("--p-uncond", numbers), choice("--label-dropout", "example", "batch"),
-    choice("--precision", "float32"), flag("--accumulate", st.sampled_from([1, 2, 3, 4, 0, -1, 10**30, "x"])),
-    flag("--sample-every", st.sampled_from([0, 1, 2, -1, "x"])), device,
+    flag("--ema-start", numbers),
+    flag("--p-uncond", numbers),
+    choice("--label-dropout", "example", "batch"),
+    choice("--precision", "float32"),
+    flag("--accumulate", st.sampled_from([1, 2, 3, 4, 0, -1, 10**30, "x"])),
+    flag("--sample-every", st.sampled_from([0, 1, 2, -1, "x"])),
+    device,
     flag("--init", st.sampled_from(["plain/model.safetensors", "course.pt", "nowhere.safetensors", "idx", ""])),
-    flag("--out", st.sampled_from(["out/run", "out/plain", "out/classes", "idx/train-labels-idx1-ubyte/x", "/dev/null", "/proc/run"])),
-)  # fmt: skip
+    flag(
+        "--out",
+        st.sampled_from(
+            ["out/run", "out/plain", "out/classes", "idx/train-labels-idx1-ubyte/x", "/dev/null", "/proc/run"]
+        ),
+    ),
+)
 sample_flags = flags_of(
-    flag("--checkpoint", st.sampled_from(["plain/model.safetensors", "classes/model.safetensors", "course.pt", "nowhere.pt",
-                                          "plain", "idx/train-labels-idx1-ubyte", "plain/config.json", ""]), texts),
-    flag("--n", st.sampled_from([1, 2, 3, 5, 10, 0, -1, 1.5, "x", "１"])), choice("--sampler", *ddpm.SAMPLERS),
-    flag("--steps", st.sampled_from([1, 2, 3, 10, 11, 0, -1, 10**30, "x"])), flag("--eta", numbers),
-    choice("--variance", "posterior", "beta"), flag("--cfg-scale", numbers), flag("--seed", numbers), device,
+    flag(
+        "--checkpoint",
+        st.sampled_from(
+            [
+                "plain/model.safetensors",
+                "classes/model.safetensors",
+                "course.pt",
+                "nowhere.pt",
+                "plain",
+                "idx/train-labels-idx1-ubyte",
+                "plain/config.json",
+                "",
+            ]
+        ),
+        texts,
+    ),
+    flag("--n", st.sampled_from([1, 2, 3, 5, 10, 0, -1, 1.5, "x", "１"])),
+    choice("--sampler", *ddpm.SAMPLERS),
+    flag("--steps", st.sampled_from([1, 2, 3, 10, 11, 0, -1, 10**30, "x"])),
+    flag("--eta", numbers),
+    choice("--variance", "posterior", "beta"),
+    flag("--cfg-scale", numbers),
+    flag("--seed", numbers),
+    device,
     st.sampled_from([["--clip"], ["--no-clip"], ["--ema"], ["--no-ema"], ["--help"], ["x"], ["--"]]),
     flag("--labels", texts, st.sampled_from(["all", "none", "0", "1,0", "-1", "9", "10", "0,", "0 1", "1" * 5000])),
-    flag("--batch-size", st.sampled_from([1, 2, 250, 0, -1, 10**30])), flag("--out", out_names),
-)  # fmt: skip
+    flag("--batch-size", st.sampled_from([1, 2, 250, 0, -1, 10**30])),
+    flag("--out", out_names),
+)
 publish_flags = flags_of(
     flag("--run", st.sampled_from(["plain", "classes", "out/run", "empty", "nowhere", ""]), texts),
-    st.lists(st.sampled_from(["raw", "ema", "ema_0.5", "ema_0.9", "losses", "", "x"]), max_size=3).map(lambda w: ["--weights", *w]),
-    flag("--out", out_names), st.just(["--help"]),
-)  # fmt: skip
+    st.lists(st.sampled_from(["raw", "ema", "ema_0.5", "ema_0.9", "losses", "", "x"]), max_size=3).map(
+        lambda w: ["--weights", *w]
+    ),
+    flag("--out", out_names),
+    st.just(["--help"]),
+)
 sweep_flags = flags_of(
-    flag("--checkpoint", st.sampled_from(["plain/model.safetensors", "classes/model.safetensors", "nowhere.safetensors", "course.pt", ""])),
-    flag("--scales", numbers), flag("--n", st.sampled_from([0, 100, -1, "x"])), flag("--steps", st.sampled_from([0, 20, 10**30])),
+    flag(
+        "--checkpoint",
+        st.sampled_from(
+            ["plain/model.safetensors", "classes/model.safetensors", "nowhere.safetensors", "course.pt", ""]
+        ),
+    ),
+    flag("--scales", numbers),
+    flag("--n", st.sampled_from([0, 100, -1, "x"])),
+    flag("--steps", st.sampled_from([0, 20, 10**30])),
     choice("--sampler", *ddpm.SAMPLERS),
     flag("--data", st.sampled_from(["fashion_mnist", "cifar10", "nowhere/cifar10", ""]), texts),
-    flag("--seed", numbers), flag("--weights", st.sampled_from(["raw", "ema", "x"])), device, flag("--out", out_names),
-)  # fmt: skip
+    flag("--seed", numbers),
+    flag("--weights", st.sampled_from(["raw", "ema", "x"])),
+    device,
+    flag("--out", out_names),
+)
 grid_flags = flags_of(
     flag("--only", texts), flag("--out", st.sampled_from(["out/grid", "/dev/null"])), flag("--n", numbers), train_flags
 )
 evaluate_flags = flags_of(
-    flag("--data", st.sampled_from(["fashion_mnist", "cifar10", "idx", "nowhere", ""]), texts), device,
-    flag("--features", st.sampled_from(["fashion_mnist", "nowhere"]), texts), st.just(["--labels"]), st.just(["--help"]),
-    flag("--k", st.sampled_from([1, 3, 0, -1, 10**30, "x"])), flag("--bootstrap", st.sampled_from([0, 1, 5, -1, "x"])),
-    flag("--seed", numbers), flag("--json-out", out_names.map(lambda name: re.sub(r"(png|gif|npz)$", "json", name))), flag("--n", st.sampled_from([1, 2, 8, 0, -1, "x"])),
-    flag("--weights", st.sampled_from(["raw", "ema", "ema_0.5", "x"])), flag("--bins", st.sampled_from([1, 3, 10**9, 0, "x"])),
+    flag("--data", st.sampled_from(["fashion_mnist", "cifar10", "idx", "nowhere", ""]), texts),
+    device,
+    flag("--features", st.sampled_from(["fashion_mnist", "nowhere"]), texts),
+    st.just(["--labels"]),
+    st.just(["--help"]),
+    flag("--k", st.sampled_from([1, 3, 0, -1, 10**30, "x"])),
+    flag("--bootstrap", st.sampled_from([0, 1, 5, -1, "x"])),
+    flag("--seed", numbers),
+    flag("--json-out", out_names.map(lambda name: re.sub(r"(png|gif|npz)$", "json", name))),
+    flag("--n", st.sampled_from([1, 2, 8, 0, -1, "x"])),
+    flag("--weights", st.sampled_from(["raw", "ema", "ema_0.5", "x"])),
+    flag("--bins", st.sampled_from([1, 3, 10**9, 0, "x"])),
     flag("--batch-size", st.sampled_from([1, 5, 0, -1])),
-)  # fmt: skip
+)
 
 
 # --- the world in which a case runs ------------------------------------------------------------------------------------
@@ -268,9 +356,7 @@ def build(template):
     plain = tiny_config(2)
     plain["model"].pop("num_classes")
     training.train(plain, _images(), template / "plain", device="cpu")
-    weights = training.build_model(
-        {"name": "UNet_conditional", "channels": 1, "width": 4, "num_classes": 3}
-    ).state_dict()
+    weights = build_model({"name": "UNet_conditional", "channels": 1, "width": 4, "num_classes": 3}).state_dict()
     torch.save(weights, template / "course.pt")
     utils.save_samples(template / "samples.npz", rng.integers(0, 256, (8, 28, 28, 1)).astype(np.uint8), np.arange(8))
     import datasets
@@ -296,8 +382,8 @@ def world(template):
     with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         folder = Path(temporary, "world")
         shutil.copytree(template, folder)
-        utils.ROOT, utils.CACHE = folder / "project", Path(temporary, "cache")
-        utils.DEBIAN_FASHION_MNIST = folder / "no debian"
+        image_data.ROOT, image_data.CACHE = folder / "project", Path(temporary, "cache")
+        image_data.DEBIAN_FASHION_MNIST = folder / "no debian"
         os.chdir(folder)
         try:
             yield folder
@@ -309,8 +395,26 @@ def no_network(url):
     raise utils.UserError(f"no network (cannot reach {url})")
 
 
-TINY = ["--image-size", 8, "--width", 8, "--mults", 1, "--batch-size", 4, "--timesteps", 10, "--epochs", 0.1,
-        "--sample-every", 0, "--precision", "float32", "--device", "cpu"]  # fmt: skip
+TINY = [
+    "--image-size",
+    8,
+    "--width",
+    8,
+    "--mults",
+    1,
+    "--batch-size",
+    4,
+    "--timesteps",
+    10,
+    "--epochs",
+    0.1,
+    "--sample-every",
+    0,
+    "--precision",
+    "float32",
+    "--device",
+    "cpu",
+]
 SAMPLE = ["--n", 2, "--steps", 2, "--device", "cpu"]
 names = st.sampled_from(list(SCRIPTS))
 
@@ -376,9 +480,12 @@ def cases(template):
 
     def evaluation(data):
         command = data.draw(st.sampled_from(["samples", "noise-error", "likelihood", "", "train-features", "sanity"]))
-        first = {"samples": ["samples.npz", "--data", "fashion_mnist"], "": ["samples.npz", "--data", "idx"],
-                 "train-features": ["nowhere"], "sanity": ["--data", "nowhere"]}.get(
-                     command, ["plain/model.safetensors", "--data", "idx", "--n", 4])  # fmt: skip
+        first = {
+            "samples": ["samples.npz", "--data", "fashion_mnist"],
+            "": ["samples.npz", "--data", "idx"],
+            "train-features": ["nowhere"],
+            "sanity": ["--data", "nowhere"],
+        }.get(command, ["plain/model.safetensors", "--data", "idx", "--n", 4])
         check("evaluate", evaluate.main, [*([command] if command else []), *first, *data.draw(evaluate_flags)])
 
     def words(data):
@@ -435,13 +542,22 @@ def cases(template):
         )
 
     json_values = st.recursive(
-        st.one_of(st.none(), st.booleans(), st.integers(-2, 70), st.floats(), st.text(max_size=5), st.just("PatchUNet"), st.just("UNet")),
-        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)), max_leaves=5,
-    )  # fmt: skip
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.integers(-2, 70),
+            st.floats(),
+            st.text(max_size=5),
+            st.just("PatchUNet"),
+            st.just("UNet"),
+        ),
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+        max_leaves=5,
+    )
 
     def strange_configuration(data):
         """A readable .safetensors whose configuration asks for something else."""
-        tensors, config = training.read_checkpoint("classes/model.safetensors")
+        tensors, config = read_checkpoint("classes/model.safetensors")
         for _ in range(data.draw(st.integers(1, 3))):
             section = data.draw(st.sampled_from(["model", "diffusion", "data", "train"]))
             value = data.draw(json_values)
@@ -460,8 +576,11 @@ def cases(template):
                 shape, dtype=data.draw(st.sampled_from([torch.float32, torch.int64, torch.bool, torch.bfloat16]))
             )
         save_file(tensors, "x.safetensors", {"config": json.dumps(config)})
-        check("safetensors", ddpm_conditional.main,
-              ["sample", "--checkpoint", "x.safetensors", *SAMPLE, "--n", 1, "--steps", 1, "--out", "out/x.png"])  # fmt: skip
+        check(
+            "safetensors",
+            ddpm_conditional.main,
+            ["sample", "--checkpoint", "x.safetensors", *SAMPLE, "--n", 1, "--steps", 1, "--out", "out/x.png"],
+        )
 
     def idx_file(data):
         path = Path("idx") / data.draw(st.sampled_from(["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]))
@@ -509,11 +628,31 @@ def cases(template):
     def strange_archive(data):
         """A readable zip archive whose members have strange names, links among them."""
         member = st.one_of(
-            st.sampled_from(["../evil.png", "/evil.png", "a/../../evil.png", "..\\evil.png", "C:\\evil.png", "a/b.png", "a", "a/",
-                             "a/b/c.png", "train/x/1.png", "test/x/1.png", "test/y/1.png", ".hidden/1.png", "__MACOSX/1.png",
-                             "a//b.png", "./1.png", 300 * "a" + ".png", "ünï/1.png", ""]),
+            st.sampled_from(
+                [
+                    "../evil.png",
+                    "/evil.png",
+                    "a/../../evil.png",
+                    "..\\evil.png",
+                    "C:\\evil.png",
+                    "a/b.png",
+                    "a",
+                    "a/",
+                    "a/b/c.png",
+                    "train/x/1.png",
+                    "test/x/1.png",
+                    "test/y/1.png",
+                    ".hidden/1.png",
+                    "__MACOSX/1.png",
+                    "a//b.png",
+                    "./1.png",
+                    300 * "a" + ".png",
+                    "ünï/1.png",
+                    "",
+                ]
+            ),
             texts,
-        )  # fmt: skip
+        )
         with contextlib.suppress(ValueError, OSError), zipfile.ZipFile("x.zip", "w") as archive:
             for name in data.draw(st.lists(member, max_size=4)):
                 info = zipfile.ZipInfo("x")
@@ -524,20 +663,37 @@ def cases(template):
         check("zip", download_datasets.main, [name, "--from", "x.zip"])
 
     return {
-        "train": (5, train), "sample": (4, sample), "publish": (2, publish), "sweep and grid": (2, sweep_and_grid),
-        "evaluate": (2, evaluation), "words": (2, words), "checkpoint file": (3, checkpoint_file),
-        "strange configuration": (3, strange_configuration), "samples file": (2, samples_file), "strange samples": (1, strange_samples),
-        "idx file": (2, idx_file), "parquet file": (1, parquet_file), "picture file": (2, picture_file), "archive file": (2, archive_file),
-        "strange archive": (2, strange_archive), "resume": (1, resume),
-    }  # fmt: skip
+        "train": (5, train),
+        "sample": (4, sample),
+        "publish": (2, publish),
+        "sweep and grid": (2, sweep_and_grid),
+        "evaluate": (2, evaluation),
+        "words": (2, words),
+        "checkpoint file": (3, checkpoint_file),
+        "strange configuration": (3, strange_configuration),
+        "samples file": (2, samples_file),
+        "strange samples": (1, strange_samples),
+        "idx file": (2, idx_file),
+        "parquet file": (1, parquet_file),
+        "picture file": (2, picture_file),
+        "archive file": (2, archive_file),
+        "strange archive": (2, strange_archive),
+        "resume": (1, resume),
+    }
 
 
 def fuzz(template, case, examples, seed):
     """Run `case` in that many fresh worlds; the first failure is made as small as possible, and raised."""
 
     @hypothesis_seed(seed)
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-              phases=[Phase.generate, Phase.shrink], report_multiple_bugs=False)  # fmt: skip
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+        report_multiple_bugs=False,
+    )
     @given(st.data())
     def run(data):
         with world(template):
@@ -579,17 +735,28 @@ def main():
                 traceback.print_exc()
                 failures.append(f"{name}: {error}")
             made = (sum(counts.values()) - total) // 2
-            print(f"{name}: {made} cases, {time.process_time() - start:.0f} s, {dict(counts)}", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {made} cases, {time.process_time() - start:.0f} s, {dict(counts)}",
+                file=sys.stderr,
+                flush=True,
+            )
     cases_made = counts["accepted"] + counts["refused"]
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     if not args.only:
         by_input = {name: n for name, n in sorted(counts.items()) if name not in ("accepted", "refused")}
-        record("fuzz", {
-            "cases": cases_made, "accepted": counts["accepted"], "refused_with_one_line": counts["refused"],
-            "tracebacks_hangs_half_written_or_outside": len(failures), "cases_by_command_or_input": by_input, "seed": args.seed,
-            "processor_minutes": round((time.process_time() - began) / 60, 1),
-        })  # fmt: skip
+        record(
+            "fuzz",
+            {
+                "cases": cases_made,
+                "accepted": counts["accepted"],
+                "refused_with_one_line": counts["refused"],
+                "tracebacks_hangs_half_written_or_outside": len(failures),
+                "cases_by_command_or_input": by_input,
+                "seed": args.seed,
+                "processor_minutes": round((time.process_time() - began) / 60, 1),
+            },
+        )
     return failures
 
 

@@ -117,11 +117,19 @@ def main():
                 sys.exit(f"a resumed run failed with status {status}: its folder was {os.listdir(folder)}")
             print(f"\r{sum(kills.values())} kills, {finished} runs finished", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
-        record("kill", {
-            "kills": kills, "runs_finished": finished, "runs_identical_to_the_unkilled": identical,
-            "unreadable_states_or_checkpoints": len(broken), "saved_steps_lost": lost,
-            "half_written_temporary_files_seen_and_cleared": partial_files, "steps_per_run": STEPS, "seed": args.seed,
-        })  # fmt: skip
+        record(
+            "kill",
+            {
+                "kills": kills,
+                "runs_finished": finished,
+                "runs_identical_to_the_unkilled": identical,
+                "unreadable_states_or_checkpoints": len(broken),
+                "saved_steps_lost": lost,
+                "half_written_temporary_files_seen_and_cleared": partial_files,
+                "steps_per_run": STEPS,
+                "seed": args.seed,
+            },
+        )
         return identical < finished or broken or lost
 
 

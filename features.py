@@ -1,0 +1,362 @@
+"""The classifiers in whose features samples are measured, their training, and what they say about the real images."""
+
+import hashlib
+import io
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from image_data import FOLDERS, ImageData, describe_folder, load_data, resize
+from utils import ROOT, UserError, atomic_path, autocast, generator, pick_precision, progress, say, sha256, to_model
+from weights import read_file, save_tensors
+
+CHECKPOINTS = ROOT / "checkpoints"
+# the feature classifiers' networks and training, by data set; any other data set uses DEFAULT_RECIPE
+DEFAULT_RECIPE: dict[str, Any] = {
+    "widths": [32, 64, 128],
+    "depths": [1, 1],
+    "mirror": False,
+    "batch_size": 128,
+    "label_smoothing": 0.05,
+    "cycles": [{"epochs": 16, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 2, "flip": True}],
+}
+RECIPES = {
+    "cifar10": DEFAULT_RECIPE
+    | {
+        "widths": [48, 96, 192, 256],
+        "depths": [1, 1, 1],
+        "mirror": True,
+        "cycles": [
+            {"epochs": 24, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 3, "flip": True},
+            {"epochs": 10, "learning_rate": 0.06, "weight_decay": 5e-4, "shift": 2, "flip": True},
+        ],
+    },
+    # ends without flips: a classifier that is blind to them could not see that they put shoes off the data
+    "fashion_mnist": DEFAULT_RECIPE
+    | {
+        "cycles": [
+            {"epochs": 10, "learning_rate": 0.2, "weight_decay": 5e-4, "shift": 2, "flip": True},
+            {"epochs": 8, "learning_rate": 0.1, "weight_decay": 1e-4, "shift": 2, "flip": False},
+            {"epochs": 12, "learning_rate": 0.07, "weight_decay": 1e-4, "shift": 1, "flip": False},
+        ]
+    },
+}
+FIXED_TRAIN = 10_000  # training images whose features are kept
+
+
+# --- the feature classifier ---------------------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm beside a shortcut (He et al. 2015); stride 2 halves the resolution."""
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or channels != width:
+            pool = nn.AvgPool2d(stride, ceil_mode=True)  # ceil: 7 -> 4, as the strided convolution
+            self.shortcut = nn.Sequential(pool, nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+
+
+class FeatureNet(nn.Module):
+    """A small ResNet classifier: float N x C x H x W in [-1, 1] -> features N x widths[-1], logits N x classes.
+
+    Its features are the activations before the last layer, averaged over positions; with `mirror`, once trained, also over
+    the image and its mirror image, which makes a better classifier of data where left and right mean nothing. `name`, `sha256` (of the weights'
+    file), `classes` and `test_accuracy` are set by `load_features`.
+    """
+
+    name = sha256 = ""
+    classes: list[str]
+    test_accuracy: float
+
+    def __init__(
+        self, channels: int, image_size: int, classes: int, widths: list[int], depths: list[int], mirror: bool = False
+    ):
+        super().__init__()
+        self.mirror = mirror
+        self.image_shape = (channels, image_size, image_size)
+        self.stem = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(widths[0])
+        blocks = []
+        for width_in, width, depth in zip(widths[:-1], widths[1:], depths, strict=True):
+            blocks += [ResidualBlock(width_in if i == 0 else width, width, 2 if i == 0 else 1) for i in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.contiguous(memory_format=torch.channels_last)
+        views = [x, x.flip(-1)] if self.mirror and not self.training else [x]
+        features = sum(self.blocks(F.relu(self.norm(self.stem(view)))).mean((2, 3)) for view in views) / len(views)
+        return features, self.head(features)
+
+
+def shift_and_flip(images: torch.Tensor, shift: int, flip: bool, generator: torch.Generator) -> torch.Tensor:
+    """Move each image (uint8, N x C x H x W) by up to `shift` pixels, reflected at the border, and perhaps flip half."""
+    n, _, height, width = images.shape
+    padded = F.pad(to_model(images), (shift,) * 4, mode="reflect")
+    top, left = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    if flip:
+        coin = torch.rand(n, 1, generator=generator) < 0.5
+        columns = torch.where(coin, columns.flip(1), columns)
+    moved = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # N x H x W x C
+    return moved.permute(0, 3, 1, 2)
+
+
+def one_cycle(position: float, rise: float = 0.2) -> float:
+    """The learning rate's share of its peak at 0..1 of a cycle: a cosine up, a cosine down (Smith & Topin 2018)."""
+    if position < rise:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * position / rise)) / 2
+    return (1 + math.cos(math.pi * (position - rise) / (1 - rise))) / 2
+
+
+def train_features(name: str, seed: int = 0) -> dict:
+    """Train the classifier of data set `name`; write features_NAME and reference_NAME (.safetensors) to checkpoints/.
+
+    Nesterov SGD, learning-rate cycles, label smoothing. The state after every epoch is in runs/features_NAME/, where an
+    interrupted training goes on; delete it to start again. Returns the facts that the weights' file records.
+    """
+    checkpoint_path("features", name)  # refuses a name that it could not be kept under, before the work
+    train, test = load_whole(name), load_whole(name, "test")
+    if train.labels is None or len(train.classes) < 2:
+        raise UserError(f"{name} has no labels, so there is nothing to train a classifier on")
+    if name == "fashion_mnist" and len(train) < 60_000:
+        raise UserError("the shipped sample is too small: run `python download_datasets.py fashion_mnist` first")
+    recipe = RECIPES.get(name, DEFAULT_RECIPE)
+    if len(train) < recipe["batch_size"]:
+        raise UserError(
+            f"{len(train)} training images are too few for a classifier: it needs {recipe['batch_size']} or more"
+        )
+    architecture = {
+        "channels": train.images.shape[1],
+        "image_size": train.image_size,
+        "classes": len(train.classes),
+        "widths": recipe["widths"],
+        "depths": recipe["depths"],
+        "mirror": recipe["mirror"],
+    }
+    torch.manual_seed(seed)
+    net = FeatureNet(**architecture).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, nesterov=True)
+    epochs = [(cycle, i / cycle["epochs"]) for cycle in recipe["cycles"] for i in range(cycle["epochs"])]
+    path = ROOT / f"runs/features_{Path(name).name}/state.pt"
+    folder = describe_folder(name)
+    identity = json.dumps([architecture, recipe, seed, len(train), folder])
+    history: list[dict] = []
+    if path.exists():
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # torch.load raises whatever the bytes happen to provoke
+            raise UserError(f"{path} is damaged: delete it to start again") from error
+        if state["identity"] == identity:
+            net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            history = state["history"]
+            say(f"going on after epoch {len(history)}")
+    for epoch in range(len(history), len(epochs)):
+        start = time.perf_counter()
+        loss = train_epoch(net, optimizer, train, recipe, *epochs[epoch], seed, epoch)
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "loss": loss,
+                "test_accuracy": accuracy(net, test),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+        )
+        say(json.dumps(history[-1]))
+        with atomic_path(path) as temporary:
+            state = io.BytesIO()  # PyTorch reports a full disk as a RuntimeError
+            torch.save(
+                {
+                    "identity": identity,
+                    "net": net.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "history": history,
+                },
+                state,
+            )
+            temporary.write_bytes(state.getbuffer())
+    net.half().float()  # from here on exactly what the file will hold
+    facts = {
+        "data": name,
+        "folder": folder,
+        "test_accuracy": accuracy(net, test),
+        "architecture": architecture,
+        "recipe": recipe,
+        "precision": pick_precision("cpu"),
+        "seed": seed,
+        "classes": train.classes,
+        "history": history,
+    }
+    reference = make_reference(net, train, test)
+    weights = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
+    save_tensors(checkpoint_path("features", name), weights, facts)
+    save_tensors(
+        checkpoint_path("reference", name),
+        reference,
+        {
+            "data": Path(name).name,
+            "train_images": len(train),
+            "test_images": len(test),
+            "features_sha256": sha256(checkpoint_path("features", name)),
+        },
+    )
+    for kind in ("features", "reference"):
+        say(f"wrote {checkpoint_path(kind, name)}")
+    return facts
+
+
+def load_whole(name: str | Path, split: str = "train", image_size: int | None = None) -> ImageData:
+    """`load_data`, but training photographs, which are kept larger for random crops, are as large as the test images."""
+    data = load_data(name, split, image_size)
+    if data.images.shape[-1] != data.image_size:
+        data.images = resize(data.images, data.image_size)
+    return data
+
+
+def train_epoch(
+    net: FeatureNet,
+    optimizer: torch.optim.Optimizer,
+    train: ImageData,
+    recipe: dict,
+    cycle: dict,
+    begin: float,
+    seed: int,
+    epoch: int,
+) -> float:
+    """One pass over the data, `begin` (0..1) of the way through `cycle`; its mean loss."""
+    assert train.labels is not None
+    net.train()
+    steps, losses = len(train) // recipe["batch_size"], []
+    order = torch.randperm(len(train), generator=generator(seed, epoch))
+    for step in progress(range(steps), desc=f"epoch {epoch + 1}"):
+        index = order[step * recipe["batch_size"] : (step + 1) * recipe["batch_size"]]
+        x = shift_and_flip(train.images[index], cycle["shift"], cycle["flip"], generator(seed, epoch, step))
+        with autocast("cpu"):
+            logits = net(x)[1]
+        loss = F.cross_entropy(logits.float(), train.labels[index], label_smoothing=recipe["label_smoothing"])
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = cycle["learning_rate"] * one_cycle(begin + step / steps / cycle["epochs"])
+            group["weight_decay"] = cycle["weight_decay"]
+        optimizer.step()
+        losses.append(loss.item())
+    return float(np.mean(losses))
+
+
+def features_of(net: FeatureNet, images: torch.Tensor, batch_size: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (float32, N x D) and logits (float32, N x classes) of images (uint8, N x C x H x W)."""
+    net.eval()
+    with torch.inference_mode():
+        parts = [net(to_model(images[i : i + batch_size])) for i in range(0, len(images), batch_size)]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def accuracy(net: FeatureNet, data: ImageData) -> float:
+    assert data.labels is not None
+    return (features_of(net, data.images)[1].argmax(1) == data.labels).double().mean().item()
+
+
+def checkpoint_path(kind: str, name: str | Path) -> Path:
+    """checkpoints/KIND_NAME.safetensors. Raises UserError for a folder that only shares its name with a built-in data set."""
+    if str(name) != Path(name).name and Path(name).name in ("fashion_mnist", *FOLDERS):
+        raise UserError(
+            f"{name} is called like the built-in {Path(name).name}: use that name for it, or rename the folder"
+        )
+    return CHECKPOINTS / f"{kind}_{Path(name).name}.safetensors"
+
+
+def load_features(name: str | Path) -> FeatureNet:
+    """The feature classifier of data set `name` from checkpoints/. Raises UserError."""
+    if str(name) != Path(name).name and not Path(name).is_dir():
+        raise UserError(f"there is no folder {name}")
+    path = checkpoint_path("features", name)
+    known = ", ".join(sorted(p.stem.removeprefix("features_") for p in CHECKPOINTS.glob("features_*.safetensors")))
+    hint = f"`python evaluate.py train-features {name}` makes it (there is one of: {known or 'no data set'})"
+    weights, config = read_file(path, hint)
+    try:
+        net = FeatureNet(**config["architecture"])
+        net.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit the network: {hint}") from error
+    if (here := describe_folder(name)) != (there := config.get("folder")) and here:
+        raise UserError(
+            f"{path} is of another folder of that name ({there or 'unknown'}; here {here}): rename this one, or "
+            f"run `python evaluate.py train-features {name}`"
+        )
+    net = net.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    net.name, net.sha256 = Path(name).name, sha256(path)
+    net.classes, net.test_accuracy = config["classes"], config["test_accuracy"]
+    return net
+
+
+def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (D) and unbiased covariance (D x D) of features N x D, in float64."""
+    x = x.double()
+    return x.mean(0), x.T.cov()
+
+
+def make_reference(net: FeatureNet, train: ImageData, test: ImageData, seed: int = 0) -> dict[str, torch.Tensor]:
+    """What evaluations need of the real images: the two splits' statistics, and features and labels of some of them."""
+    chosen = torch.randperm(len(train), generator=generator(seed))[:FIXED_TRAIN].sort().values
+    reference = {"train_index": chosen.int()}
+    for split, data in (("train", train), ("test", test)):
+        x = features_of(net, data.images)[0]
+        reference[f"{split}_mean"], reference[f"{split}_cov"] = statistics(x)
+        index = chosen if split == "train" else slice(None)
+        reference[f"{split}_features"] = x[index].half()
+        if data.labels is not None:
+            reference[f"{split}_labels"] = data.labels[index].to(torch.int16)
+    return reference
+
+
+def load_reference(
+    name: str | Path, net: FeatureNet, image_size: int | None = None
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """What `make_reference` made of data set `name` in the features of `net`, and its facts. Raises UserError.
+
+    Of the classifier's own data set it is in checkpoints/; of another one it is computed, which needs the images. They are
+    loaded at `image_size`, the samples' (None: the classifier's), and from there shrunk as samples are.
+    """
+    if Path(name).name == net.name:
+        path = checkpoint_path("reference", name)
+        reference, facts = read_file(path, f"run `python evaluate.py train-features {name}`")
+        if facts["features_sha256"] != net.sha256:
+            raise UserError(f"{path.name} was made with other weights: run `python evaluate.py train-features {name}`")
+        return reference, facts | {"sha256": sha256(path)}
+    train, test = (load_whole(name, split, image_size or net.image_shape[-1]) for split in ("train", "test"))
+    train.images, test.images = shrink(net, train.images), shrink(net, test.images)
+    check_shape(net, test.images)
+    reference = make_reference(net, train, test)
+    digest = hashlib.sha256(b"".join(reference[key].numpy().tobytes() for key in sorted(reference))).hexdigest()
+    return reference, {"train_images": len(train), "test_images": len(test), "sha256": digest}
+
+
+def check_shape(net: FeatureNet, images: torch.Tensor) -> None:
+    there, here = (" x ".join(map(str, (*s[1:], s[0]))) for s in (tuple(images.shape[1:]), net.image_shape))
+    if there != here:
+        raise UserError(f"the images are {there} (height x width x channels), the feature classifier expects {here}")
+
+
+def shrink(net: FeatureNet, images: torch.Tensor) -> torch.Tensor:
+    """Larger square images as small as the classifier takes them; others as they are."""
+    size = net.image_shape[-1]
+    return resize(images, size) if images.shape[-2] == images.shape[-1] > size else images
