@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ddpm_conditional import drop_labels, with_labels
 from image_data import augment
 from modules import EMA
 from utils import (
@@ -240,8 +241,7 @@ def draw_batch(data, config, step, timesteps):
     labels = None
     if config["model"].get("num_classes"):
         # One coin for each image, as in Ho & Salimans, or one for the whole batch, as in the course.
-        coins = torch.rand(len(x0) if train["label_dropout"] == "example" else 1, generator=g)
-        labels = torch.where(coins < train["p_uncond"], -1, data.labels[index])
+        labels = drop_labels(data.labels[index], train["p_uncond"], g, train["label_dropout"])
     return x0, t, noise, labels
 
 
@@ -486,7 +486,7 @@ class Run:
             last = part == (self.rank + 1) * accumulate - 1  # the processes exchange gradients once a step
             with model.no_sync() if self.world > 1 and not last else contextlib.nullcontext():
                 with autocast(self.device, settings["precision"]):
-                    loss = self.diffusion.loss(model, x0, t, noise, labels, settings["loss"]) / accumulate
+                    loss = self.diffusion.loss(with_labels(model, labels), x0, t, noise, settings["loss"]) / accumulate
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.step(self.optimizer)
@@ -549,7 +549,7 @@ class Run:
         classes = self.model.num_classes
         labels = torch.arange(n) % classes if classes else None
         with autocast(self.device, self.config["train"]["precision"]):
-            images = self.diffusion.sample(model, n, shape, labels=labels, sampler="dpm")
+            images = self.diffusion.sample(with_labels(model, labels), n, shape, sampler="dpm")
         save_grid(to_uint8(images), self.out / f"samples_{self.step:08d}.png", columns=8)
 
     def finish(self):
