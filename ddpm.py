@@ -110,9 +110,8 @@ class Diffusion:
         """Compute all tables, in float64, and store them as float32 on the CPU."""
         alphas_cumprod = (1 - betas).cumprod(0)
         if alphas_cumprod[-1] < 1e-70:  # its root would be 0 in float32
-            raise ValueError(
-                f"{self.timesteps} timesteps are too many for the {self.schedule} schedule: the image is long gone before"
-            )
+            gone = "the image is long gone before the last"
+            raise ValueError(f"{self.timesteps} timesteps are too many for the {self.schedule} schedule: {gone}")
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         self.exact = {
             "betas": betas,
@@ -137,7 +136,7 @@ class Diffusion:
         return self
 
     def respaced(self, visited):
-        """The same process seen only at some of its timesteps (ascending), as a Diffusion whose step i is t = visited[i].
+        """The same process seen at some of its timesteps only: a Diffusion whose step i is t = visited[i], ascending.
 
         Its betas follow from the same alphas_cumprod (Nichol & Dhariwal 2021, section 4).
         """
@@ -168,7 +167,7 @@ class Diffusion:
     # --- training ---
 
     def loss(self, eps_model, x0, t, noise, loss="l2"):
-        """The training loss, a scalar: the noise's prediction error at x_t, averaged over pixels and images (Ho eq. 12)."""
+        """The training loss, a scalar: the error of the noise predicted at x_t, averaged over pixels and images."""
         eps = eps_model(self.q_sample(x0, t, noise), t)
         error = look_up(LOSSES, loss, "loss")(eps.float(), noise, reduction="none")
         return (per_image(self.loss_weights, t) * error).mean()
@@ -181,7 +180,7 @@ class Diffusion:
         return [round(self.timesteps * (1 - i / steps)) - 1 for i in range(steps)]
 
     def log_snr_timesteps(self, steps):
-        """As `even_timesteps`, but evenly spaced in the log-SNR, and from the noisiest t that still holds some of the image.
+        """As `even_timesteps`, but evenly spaced in the log-SNR, from the noisiest t that holds some of the image.
 
         At purer noise the predicted x0 is a small error divided by a smaller number: it says nothing, and is clipped.
         """
@@ -192,9 +191,7 @@ class Diffusion:
         visited = []
         for i, t in enumerate(torch.searchsorted(-half_log_snr, -targets).tolist()):
             after, before = steps - 1 - i, visited[-1] if visited else self.timesteps
-            visited.append(
-                max(after, min(t, before - 1))
-            )  # a timestep of its own for each step, also where they are few
+            visited.append(max(after, min(t, before - 1)))  # no timestep twice, also where they are few
         return visited
 
     def check_steps(self, steps):
@@ -210,7 +207,7 @@ class Diffusion:
         return 0.5 * math.log(self.signal(t) / (1 - self.signal(t)))
 
     def x0_and_eps(self, eps_model, x, t, clip):
-        """The predicted x0 of a batch at one t, clipped to the images' range where asked, and the noise consistent with it."""
+        """The x0 predicted for a batch at one t, clipped to [-1, 1] where asked, and the noise consistent with it."""
         index = torch.full((len(x),), t, device=x.device)
         eps = eps_model(x, index).to(x.dtype)
         x0 = self.predict_x0(x, index, eps)

@@ -1,12 +1,12 @@
 """Point 2: a conditional DDPM with classifier-free guidance and EMA.
 
     python ddpm_conditional.py train --data cifar10 --out runs/cifar10
-    python ddpm_conditional.py sample --checkpoint runs/cifar10/model.safetensors --labels 0,1,2 --cfg-scale 3 --out x.png
+    python ddpm_conditional.py sample --checkpoint runs/cifar10 --labels cat,dog --cfg-scale 3 --out cats_and_dogs.png
     python ddpm_conditional.py sweep --checkpoint checkpoints/fashion_mnist_conditional.safetensors --out sweep.json
 
-Two ideas are all that guidance adds to a DDPM (Ho & Salimans 2022, arXiv 2207.12598): training drops some labels, so that
-one network learns the conditional and the unconditional prediction; sampling combines the two. The loop around them is
-`training.steps`, the samplers are ddpm.py's. EMA is in modules.py.
+Guidance adds two ideas to a DDPM (Ho & Salimans 2022, arXiv 2207.12598). Training drops some of the labels, so that one
+network learns the conditional and the unconditional prediction; sampling combines the two. The training loop around
+them is `training.steps`, the samplers are in ddpm.py, and EMA is in modules.py.
 """
 
 import torch
