@@ -9,6 +9,7 @@ import torch
 
 import training
 from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, noise_level
+from ddpm_conditional import guided, predictor
 from image_data import DATASETS, describe_folder, load_data
 from modules import BLOCKS
 from utils import (
@@ -254,8 +255,6 @@ def run_sample(args):
     shape = image_shape(model, config)
     options = {
         "seed": args.seed,
-        "labels": labels,
-        "cfg_scale": cfg_scale,
         "sampler": args.sampler,
         "steps": args.steps,
         "eta": args.eta,
@@ -278,7 +277,7 @@ def run_sample(args):
     columns = math.ceil(args.n**0.5)
     with autocast(device):
         if suffix == ".gif":
-            steps = diffusion.trajectory(model, shape, range(args.n), **options)
+            steps = diffusion.trajectory(guided(model, labels, cfg_scale), shape, range(args.n), **options)
             bar = progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")
             shown = frames_shown(source["steps"] + 1)  # all of them would be gigabytes
             frames = [to_uint8(x).cpu() for i, x in enumerate(bar) if i in shown]
@@ -286,7 +285,7 @@ def run_sample(args):
         else:
             bar = functools.partial(progress, unit="step", desc="sampling")
             samples = diffusion.sample_batches(
-                model, args.n, shape, batch_size=args.batch_size, progress=bar, **options
+                predictor(model, labels, cfg_scale), args.n, shape, batch_size=args.batch_size, progress=bar, **options
             )
             batches = map(to_uint8, samples)
             if suffix == ".png":

@@ -67,6 +67,13 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(reason in str(error) for reason in reasons)
 
 
+def look_up(table: dict, name: str, kind: str):
+    """table[name]. Raises ValueError, with the names that there are, for one that is not."""
+    if name not in table:
+        raise ValueError(f"unknown {kind} {name!r}: choose from {', '.join(table)}")
+    return table[name]
+
+
 @functools.cache
 def say(message: str) -> None:
     """Print a notice to stderr, once in a process."""
