@@ -192,7 +192,6 @@ def get_checkpoints(source: Path | None) -> None:
         if not files:
             raise UserError(f"found none of {', '.join(missing)} in {source or COURSE_FOLDER}")
         for file in files.values():
-            refuse_web_page(file)
             load_checkpoint(file)
         target.mkdir(exist_ok=True)
         for name, file in files.items():
@@ -299,7 +298,7 @@ def fetching(url: str, secret: bool = False) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         cause: BaseException | None = error
@@ -312,11 +311,8 @@ def fetching(url: str, secret: bool = False) -> Iterator[None]:
         raise UserError(f"the download failed ({type(error).__name__}{detail})") from error
 
 
-SOURCES = {
-    "hub": from_hub,
-    "torchvision": from_torchvision,
-    "kaggle": from_kaggle,
-}  # the columns of image_data.DATASETS
+# the columns of image_data.DATASETS that say where a data set is fetched from
+SOURCES = {"hub": from_hub, "torchvision": from_torchvision, "kaggle": from_kaggle}
 
 
 # --- unpacking ----------------------------------------------------------------------------------------------------
@@ -355,7 +351,11 @@ def unpack(source: Path, folder: Path) -> None:
         elif tarfile.is_tarfile(source):
             unpack_tar(source, folder)
         else:
-            refuse_web_page(source)
+            with open(source, "rb") as file:
+                if file.read(100).lstrip().startswith(b"<"):
+                    raise UserError(
+                        f"{source} is a web page: the download was refused, so open the address in a browser"
+                    )
             raise UserError(f"{source} is neither a folder nor a zip or tar archive, or it ends early")
     except UserError:
         raise
@@ -414,16 +414,6 @@ def wanted(members: Iterable[Member], source: Path, folder: Path) -> Iterable[An
     if need > free:
         raise UserError(f"{source} needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left")
     return progress(files.values(), desc=f"unpacking {source.name}", unit="file")
-
-
-def refuse_web_page(path: Path) -> None:
-    """A browser may save a page under the file's name: the file is too popular, say, or only for those signed in."""
-    with open(path, "rb") as file:
-        if file.read(1000).lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(b"<"):
-            raise UserError(
-                f"{path} is a web page, saved in place of the file (which is too popular at the moment, or only for "
-                "those who are signed in): open it in a browser to see why, and download the file again"
-            )
 
 
 if __name__ == "__main__":
