@@ -75,14 +75,13 @@ def get_data(name: str, source: Path | None) -> None:
             return
     with staging(target) as folder:
         if source is None:
-            sources = {
-                source: partial(fetch_from, row) for source, fetch_from in SOURCES.items() if getattr(row, source)
-            }
+            sources = {key: partial(fetch_from, row) for key, fetch_from in SOURCES.items() if getattr(row, key)}
             page = f"www.kaggle.com/datasets/{row.kaggle}" if row.kaggle else f"huggingface.co/datasets/{row.hub}"
             fetch(sources, folder, name, f"https://{page}")
         else:
             unpack(source, folder / "source")
-        images = arrange(folder, target.name, name)
+        images = folder / target.name
+        arrange(folder / "source", images, name)
         counts = count_images(images)
         if target.is_dir():
             target.rmdir()  # it is empty, and Windows renames nothing onto a folder
@@ -90,25 +89,26 @@ def get_data(name: str, source: Path | None) -> None:
     print(f"wrote {target}: {counts}")
 
 
-def arrange(folder: Path, new_name: str, name: str) -> Path:
-    """Bring `folder`/source into the layout that is read: MNIST's files, or class folders of images that all decode."""
-    row, images = DATASETS[name], folder / new_name
+def arrange(source: Path, images: Path, name: str) -> None:
+    """Bring `source` into the layout that is read: MNIST's files, or class folders of images that all decode."""
+    row = DATASETS[name]
     if row.classes:
         images.mkdir()
-        files = [file for pattern in MNIST_FILES for file in (folder / "source").rglob(pattern) if file.is_file()]
+        files = [file for pattern in MNIST_FILES for file in source.rglob(pattern) if file.is_file()]
         if not files:
             raise UserError(f"found neither the IDX files of {row.title} nor train*.parquet and test*.parquet")
         for file in files:
             file.replace(images / file.name)
-        return images
-    found = find_images(folder / "source")
-    if (found / "data_batch_1").is_file():  # CIFAR-10 as its authors and torchvision have it
-        batches = found.rename(folder / "cifar-10-batches-py")
+        return
+    if batches := list(source.rglob("data_batch_1")):  # CIFAR-10 as its authors and torchvision have it
+        renamed = batches[0].parent.rename(source.with_name("cifar-10-batches-py"))
         for split in ("train", "test"):
-            data = load_data(batches, split)  # compares MD5s
+            data = load_data(renamed, split)  # compares MD5s
             pictures = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in data.images)
             write_images(pictures, data.labels.tolist(), data.classes, images / split)  # type: ignore[union-attr]
-        return images
+        return
+    folders = [file.parent for file in visible_files(source) if file.suffix.lower() in Image.registered_extensions()]
+    found = Path(os.path.commonpath(folders or [source]))  # archives wrap it in other folders
     flat = [part for part in splits_of(found) if not class_folders(part)]
     if flat and not row.flat:
         raise UserError(f"{flat[0]} has no class folders")
@@ -122,14 +122,6 @@ def arrange(folder: Path, new_name: str, name: str) -> Path:
         say_left_out(part, unreadable, len(files))
         for file in unreadable:
             file.unlink()
-    return images
-
-
-def find_images(folder: Path) -> Path:
-    """The folder that holds the splits, the class folders or the images: archives wrap it in others."""
-    folders = class_folders(folder)
-    pictures = any(entry.suffix.lower() in Image.registered_extensions() for entry in folder.iterdir())
-    return folder if len(folders) != 1 or pictures or folders[0].name == "train" else find_images(folders[0])
 
 
 def splits_of(root: Path) -> list[Path]:
@@ -296,10 +288,8 @@ def fetching(url: str, secret: bool = False) -> Iterator[None]:
     require_network(url)
     try:
         yield
-    except UserError:
-        raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
@@ -357,21 +347,16 @@ def unpack(source: Path, folder: Path) -> None:
                         f"{source} is a web page: the download was refused, so open the address in a browser"
                     )
             raise UserError(f"{source} is neither a folder nor a zip or tar archive, or it ends early")
-    except UserError:
-        raise
     except Exception as error:  # damaged bytes make zipfile, tarfile and the decompressors raise all kinds of errors
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise  # the disk's fault, not the archive's
+        of_the_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if of_the_disk or isinstance(error, UserError):
+            raise
         raise UserError(f"{source} is damaged or ends early ({error})") from error
-
-
-# of a member: its name, whether it is a folder, whether it is a file, its size, and the library's description of it
-Member = tuple[str, bool, bool, int, Any]
 
 
 def unpack_zip(source: Path, folder: Path) -> None:
     with zipfile.ZipFile(source) as archive:
-        members: list[Member] = []
+        members = []
         for info in archive.infolist():
             if info.flag_bits & 1:
                 raise UserError(f"{source} is protected by a password: unpack it and give the folder to --from")
@@ -395,8 +380,8 @@ def unpack_tar(source: Path, folder: Path) -> None:
         archive.extractall(folder, wanted(members, source, folder), **safely)
 
 
-def wanted(members: Iterable[Member], source: Path, folder: Path) -> Iterable[Any]:
-    """The files among an archive's members, hidden ones apart, with a progress bar. Raises UserError (see `unpack`)."""
+def wanted(members: list[tuple[str, bool, bool, int, Any]], source: Path, folder: Path) -> Iterable[Any]:
+    """The infos of the files of (name, is folder, is file, size, info), with a bar. Raises UserError: see `unpack`."""
     files, need = {}, 0
     for name, is_folder, is_file, size, info in members:
         path = PurePosixPath(name.replace("\\", "/"))
