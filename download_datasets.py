@@ -37,9 +37,8 @@ MNIST_FILES = ("*-idx[13]-ubyte", "*-idx[13]-ubyte.gz", "train*.parquet", "test*
 COURSE_FOLDER = "https://drive.google.com/drive/folders/1beUSI-edO98i6J9pDR67BKGCfkzUL5DX"
 COURSE_CHECKPOINTS = ("unconditional_ckpt.pt", "conditional_ckpt.pt", "conditional_ema_ckpt.pt")
 NO_TOKEN = (
-    "no Kaggle token that works: (1) sign in at https://www.kaggle.com/settings/api, (2) click Generate New Token, "
-    "(3) save it as ~/.kaggle/access_token and run `chmod 600 ~/.kaggle/access_token` (Python 3.10 wants a legacy API "
-    "key, as ~/.kaggle/kaggle.json)"
+    "no Kaggle token that works: (1) sign in at https://www.kaggle.com/settings/api, (2) click Generate New Token, (3) "
+    "save it as ~/.kaggle/access_token (Python 3.10: a legacy API key, as kaggle.json) and run `chmod 600` on that file"
 )
 TRUST = (
     "where a company or a proxy signs, let SSL_CERT_FILE and REQUESTS_CA_BUNDLE name its .pem file; with Python from "
@@ -67,9 +66,8 @@ def main(argv: list[str] | None = None) -> None:
 def get_data(name: str, source: Path | None) -> None:
     """Into its folder beside the scripts, from `source` or from where its row says, checked and counted."""
     row = DATASETS[name]
-    places = [(utils.ROOT / folder).resolve() for folder in row.folders]  # perhaps links to a larger disk
-    target = places[0]
-    for place in places if source is None else [target]:
+    target, *others = [(utils.ROOT / folder).resolve() for folder in row.folders]  # perhaps links to a larger disk
+    for place in [target, *(others if source is None else [])]:
         if place.is_dir() and any(place.iterdir()):
             print(f"{place} is all there: {count_images(place)}")
             return
@@ -133,7 +131,6 @@ def class_folders(folder: Path) -> list[Path]:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files in a folder and its folders, hidden ones apart."""
     return sorted(path for path in folder.rglob("*") if not is_hidden(path.relative_to(folder)) and path.is_file())
 
 
@@ -160,8 +157,7 @@ def count_images(root: Path) -> str:
 def write_images(pictures: Iterable[Image.Image], labels: list[int], classes: list[str], folder: Path) -> None:
     for name in classes:
         (folder / name).mkdir(parents=True)
-    bar = progress(zip(pictures, labels), total=len(labels), desc=f"writing {folder.name}", unit="image")
-    for i, (picture, label) in enumerate(bar):
+    for i, (picture, label) in enumerate(progress(zip(pictures, labels), total=len(labels), desc=folder.name)):
         picture.save(folder / classes[label] / f"{i:05}.png")
 
 
@@ -228,11 +224,11 @@ def from_hub(row: DataSet, folder: Path) -> None:
         for split, data in splits.items():
             if row.classes:
                 data.to_parquet(folder / "source" / f"{split}.parquet")
-                continue
-            column = {type(feature): name for name, feature in reversed(data.features.items())}
-            image, label = column[datasets.Image], column[datasets.ClassLabel]
-            pictures = (example[image] for example in data)
-            write_images(pictures, list(data[label]), data.features[label].names, folder / "source" / split)
+            else:
+                column = {type(feature): name for name, feature in reversed(data.features.items())}
+                image, label = column[datasets.Image], column[datasets.ClassLabel]
+                pictures, names = (example[image] for example in data), data.features[label].names
+                write_images(pictures, list(data[label]), names, folder / "source" / split)
 
 
 def from_torchvision(row: DataSet, folder: Path) -> None:
@@ -324,8 +320,7 @@ def staging(target: Path) -> Iterator[Path]:
 def unpack(source: Path, folder: Path) -> None:
     """Copy a folder or a .pt file, or unpack a zip or tar archive, hidden files apart.
 
-    Raises UserError, before anything is written, for a member that would land outside of `folder`, is a link or
-    protected by a password; and for an archive that is damaged or larger than the disk.
+    Raises UserError for an archive that is damaged, protected, larger than the disk, or has links or members outside.
     """
     folder.mkdir()
     try:
