@@ -102,7 +102,11 @@ def test_a_request_to_terminate_leaves_nothing_half_written(tmp_path):
     ],
 )
 def test_systems_that_cannot_flush_go_on_with_a_notice(operation, error, said, tmp_path, monkeypatch, capsys):
-    def refuse(*_):
+    real_open = os.open
+
+    def refuse(opened, *rest, **options):
+        if operation == "open" and not os.path.isdir(opened):
+            return real_open(opened, *rest, **options)
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(os, operation, refuse)
