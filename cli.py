@@ -10,7 +10,7 @@ import torch
 import training
 from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, noise_level
 from ddpm_conditional import guided, predictor
-from image_data import describe_folder, load_data
+from image_data import DATASETS, describe_folder, load_data
 from modules import BLOCKS
 from utils import (
     PRECISIONS,
@@ -71,7 +71,7 @@ def add_train_flags(parser, conditional, shape):
     if shape:
         network += f" (here with {' '.join(to_flag(name, value) for name, value in shape.items())})"
     parser.set_defaults(conditional=conditional, shape=shape)
-    add("--data", default="fashion_mnist", help="fashion_mnist, cifar10, cifar10-64, landscapes, or a folder of images")
+    add("--data", default="fashion_mnist", help=f"{', '.join(DATASETS)}, or a folder of images")
     add("--image-size", type=number(int, 1, 4096), help="side of the training images (default: the data's own)")
     add("--flip", action=argparse.BooleanOptionalAction, help="random horizontal flips (default: as suits the data)")
     add("--schedule", choices=SCHEDULES, default="linear", help="the beta schedule")

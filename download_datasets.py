@@ -36,9 +36,7 @@ from PIL import Image
 
 import utils
 from image_data import (
-    DEBIAN_FASHION_MNIST,
-    FASHION_MNIST_CLASSES,
-    FOLDERS,
+    DATASETS,
     decode_images,
     list_images,
     load_data,
@@ -47,13 +45,6 @@ from image_data import (
 )
 from utils import ArgumentParser, UserError, atomic_path, command_line, progress, say
 
-FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
-CIFAR10_HUB = "uoft-cs/cifar10"
-KAGGLE_NAMES = {
-    "cifar10": "swaroopkml/cifar10-pngs-in-folders",
-    "cifar10-64": "joaopauloschuler/cifar10-64x64-resized-via-cai-super-resolution",  # the course's
-    "landscapes": "arnaud58/landscape-pictures",
-}
 COURSE_FOLDER = "1beUSI-edO98i6J9pDR67BKGCfkzUL5DX"  # on Google Drive
 COURSE_CHECKPOINTS = ("unconditional_ckpt.pt", "conditional_ckpt.pt", "conditional_ema_ckpt.pt")
 RECORD = ".complete.json"  # in a finished folder: how many images each class has
@@ -61,7 +52,7 @@ RECORD = ".complete.json"  # in a finished folder: how many images each class ha
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["fashion_mnist", *FOLDERS, "checkpoints"])
+    parser.add_argument("name", choices=[*DATASETS, "checkpoints"])
     parser.add_argument(
         "--from",
         dest="source",
@@ -99,9 +90,10 @@ def get_fashion_mnist(source: Path | None) -> None:
     if is_filled(target):
         print(f"{target} is all there: {count_fashion_mnist(target)}")
         return
-    if source is None and DEBIAN_FASHION_MNIST.is_dir():
-        counts = count_fashion_mnist(DEBIAN_FASHION_MNIST)
-        print(f"{DEBIAN_FASHION_MNIST} has Fashion-MNIST, nothing to fetch: {counts}")
+    debian = Path(DATASETS["fashion_mnist"].folders[1])
+    if source is None and debian.is_dir():
+        counts = count_fashion_mnist(debian)
+        print(f"{debian} has Fashion-MNIST, nothing to fetch: {counts}")
         return
     with staging(target) as folder:
         data = folder / "data"
@@ -144,7 +136,7 @@ def collect_fashion_mnist(source: Path, folder: Path) -> None:
 def fashion_mnist_from_hub(folder: Path, data: Path) -> None:
     data.mkdir()
     with fetching():
-        splits = load_from_hub(FASHION_MNIST_HUB, folder / "hub")
+        splits = load_from_hub(DATASETS["fashion_mnist"].hub, folder / "hub")
         for split in ("train", "test"):
             splits[split].to_parquet(data / f"{split}.parquet")
 
@@ -162,7 +154,7 @@ def make_sample(folder: Path, train: int = 2500, test: int = 1000) -> None:
     """The first images of both splits, as PNG in parquet: they stand in where the full data is out of reach."""
     import datasets
 
-    labels = datasets.ClassLabel(names=FASHION_MNIST_CLASSES)
+    labels = datasets.ClassLabel(names=list(DATASETS["fashion_mnist"].classes))
     features = datasets.Features(image=datasets.Image(), label=labels)
     for split, count in (("train", train), ("test", test)):
         data = load_data("fashion_mnist", split)
@@ -184,7 +176,7 @@ def make_sample(folder: Path, train: int = 2500, test: int = 1000) -> None:
 
 def get_images(name: str, source: Path | None) -> None:
     """Into the folder beside the scripts, as <class>/* or {train,test}/<class>/*, checked and counted."""
-    target = (utils.ROOT / FOLDERS[name][0]).resolve()  # perhaps a link to a larger disk
+    target = (utils.ROOT / DATASETS[name].folders[0]).resolve()  # perhaps a link to a larger disk
     if is_filled(target):
         print(f"{target} is all there: {describe(confirm(target))}")
         return
@@ -306,7 +298,7 @@ def describe(counts: dict[str, dict[str, int]]) -> str:
 
 def cifar10_from_hub(folder: Path, found: Path) -> None:
     with fetching():
-        splits = load_from_hub(CIFAR10_HUB, folder / "hub")
+        splits = load_from_hub(DATASETS["cifar10"].hub, folder / "hub")
         for split in ("train", "test"):
             data = splits[split]
             write_images((row["img"] for row in data), data["label"], data.features["label"].names, found / split)
@@ -389,7 +381,7 @@ def load_from_hub(name: str, cache: Path) -> Any:
 
 def from_kaggle(name: str, folder: Path, found: Path) -> None:
     """Download and unpack a Kaggle data set. No message repeats what Kaggle's package says: it might name a secret."""
-    page = f"https://www.kaggle.com/datasets/{KAGGLE_NAMES[name]}"
+    page = f"https://www.kaggle.com/datasets/{DATASETS[name].kaggle}"
     try:
         check_kaggle_credentials()
         require_network("https://www.kaggle.com")
@@ -397,13 +389,15 @@ def from_kaggle(name: str, folder: Path, found: Path) -> None:
             import kaggle  # signs in on import, and old versions exit where they cannot
 
             kaggle.api.authenticate()
-            kaggle.api.dataset_download_files(KAGGLE_NAMES[name], path=str(folder / "kaggle"), quiet=False, unzip=False)
+            kaggle.api.dataset_download_files(
+                DATASETS[name].kaggle, path=str(folder / "kaggle"), quiet=False, unzip=False
+            )
     except UserError as error:
         by_hand = f"download {page} in a browser and run `python download_datasets.py {name} --from ARCHIVE`"
         raise UserError(f"{error}; without it, {by_hand}") from error
     archives = list((folder / "kaggle").glob("*.zip"))
     if len(archives) != 1:
-        raise UserError(f"Kaggle gave no archive of {KAGGLE_NAMES[name]}")
+        raise UserError(f"Kaggle gave no archive of {DATASETS[name].kaggle}")
     unpack(archives[0], found)
 
 

@@ -36,7 +36,7 @@ from features import (
     statistics,
     train_features,
 )
-from image_data import FOLDERS, ImageData, load_data
+from image_data import DATASETS, ImageData, load_data
 from utils import (
     ROOT,
     ArgumentParser,
@@ -356,7 +356,7 @@ def model_images(data_name: str | None, config: dict, count: int) -> tuple[torch
     name = data_name or config["data"].get("name")
     if name is None:
         raise UserError("the checkpoint does not name its data set: give --data")
-    if data_name is None and name not in ("fashion_mnist", *FOLDERS):
+    if data_name is None and name not in DATASETS:
         raise UserError(f"the model was trained on a folder called {name}: say where it is with --data")
     data = load_data(name, "test", config["data"]["image_size"])
     channels, there = config["model"].get("channels", 3), data.images.shape[1]

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from image_data import FOLDERS, ImageData, describe_folder, load_data, resize
+from image_data import DATASETS, ImageData, describe_folder, load_data, resize
 from utils import ROOT, UserError, atomic_path, autocast, generator, pick_precision, progress, say, sha256, to_model
 from weights import read_file, save_tensors
 
 CHECKPOINTS = ROOT / "checkpoints"
-# the feature classifiers' networks and training, by data set; any other data set uses DEFAULT_RECIPE
+# a feature classifier's network and training; the data set's row in DATASETS may have other values
 DEFAULT_RECIPE: dict[str, Any] = {
     "widths": [32, 64, 128],
     "depths": [1, 1],
@@ -26,27 +26,6 @@ DEFAULT_RECIPE: dict[str, Any] = {
     "batch_size": 128,
     "label_smoothing": 0.05,
     "cycles": [{"epochs": 16, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 2, "flip": True}],
-}
-RECIPES = {
-    "cifar10": DEFAULT_RECIPE
-    | {
-        "widths": [48, 96, 192, 256],
-        "depths": [1, 1, 1],
-        "mirror": True,
-        "cycles": [
-            {"epochs": 24, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 3, "flip": True},
-            {"epochs": 10, "learning_rate": 0.06, "weight_decay": 5e-4, "shift": 2, "flip": True},
-        ],
-    },
-    # ends without flips: a classifier that is blind to them could not see that they put shoes off the data
-    "fashion_mnist": DEFAULT_RECIPE
-    | {
-        "cycles": [
-            {"epochs": 10, "learning_rate": 0.2, "weight_decay": 5e-4, "shift": 2, "flip": True},
-            {"epochs": 8, "learning_rate": 0.1, "weight_decay": 1e-4, "shift": 2, "flip": False},
-            {"epochs": 12, "learning_rate": 0.07, "weight_decay": 1e-4, "shift": 1, "flip": False},
-        ]
-    },
 }
 FIXED_TRAIN = 10_000  # training images whose features are kept
 
@@ -138,7 +117,7 @@ def train_features(name: str, seed: int = 0) -> dict:
         raise UserError(f"{name} has no labels, so there is nothing to train a classifier on")
     if name == "fashion_mnist" and len(train) < 60_000:
         raise UserError("the shipped sample is too small: run `python download_datasets.py fashion_mnist` first")
-    recipe = RECIPES.get(name, DEFAULT_RECIPE)
+    recipe = DEFAULT_RECIPE | (DATASETS[name].recipe if name in DATASETS else {})
     if len(train) < recipe["batch_size"]:
         raise UserError(
             f"{len(train)} training images are too few for a classifier: it needs {recipe['batch_size']} or more"
@@ -277,7 +256,7 @@ def accuracy(net: FeatureNet, data: ImageData) -> float:
 
 def checkpoint_path(kind: str, name: str | Path) -> Path:
     """checkpoints/KIND_NAME.safetensors. Raises UserError for a folder that only shares its name with a built-in data set."""
-    if str(name) != Path(name).name and Path(name).name in ("fashion_mnist", *FOLDERS):
+    if str(name) != Path(name).name and Path(name).name in DATASETS:
         raise UserError(
             f"{name} is called like the built-in {Path(name).name}: use that name for it, or rename the folder"
         )

@@ -15,7 +15,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +25,78 @@ from PIL import Image, ImageOps
 from utils import ROOT, UserError, atomic_path, progress, say, to_model
 
 CACHE = ROOT / ".cache"  # decoded photographs; deleting it only costs the time to decode them again
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
-FASHION_MNIST_CLASSES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-]
-# name: (folder beside the scripts, default image size)
-FOLDERS = {"cifar10": ("cifar10", 32), "cifar10-64": ("cifar10-64", 64), "landscapes": ("landscape_img_folder", 64)}
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A row of DATASETS: all that is particular to a data set. Sources that are left out do not have it."""
+
+    title: str
+    folders: tuple[str, ...]  # beside the scripts, or absolute; the first that is there and not empty is read
+    image_size: int
+    classes: tuple[str, ...] = ()  # of files in MNIST's format, which hold numbers; folders name their own
+    hub: str = ""  # its name on the Hugging Face hub
+    torchvision: str = ""  # its class in torchvision.datasets
+    kaggle: str = ""
+    sample: str = ""  # a folder with a small part of it, which ships and stands in
+    crop: bool = False  # random crops, where the images are large enough
+    flip: bool = True  # random horizontal flips
+    recipe: dict = field(default_factory=dict)  # where its feature classifier departs from features.DEFAULT_RECIPE
+
+
+DATASETS = {
+    "fashion_mnist": DataSet(
+        title="Fashion-MNIST",
+        folders=("data/fashion_mnist", "/usr/share/datasets/fashion-mnist"),  # Debian's package puts it there
+        image_size=28,
+        classes=tuple("T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")),
+        hub="zalando-datasets/fashion_mnist",
+        torchvision="FashionMNIST",
+        sample="data/fashion_mnist_sample",
+        flip=False,  # shoes all point one way
+        recipe={
+            # ends without flips: a classifier that is blind to them could not see that they put shoes off the data
+            "cycles": [
+                {"epochs": 10, "learning_rate": 0.2, "weight_decay": 5e-4, "shift": 2, "flip": True},
+                {"epochs": 8, "learning_rate": 0.1, "weight_decay": 1e-4, "shift": 2, "flip": False},
+                {"epochs": 12, "learning_rate": 0.07, "weight_decay": 1e-4, "shift": 1, "flip": False},
+            ]
+        },
+    ),
+    "cifar10": DataSet(
+        title="CIFAR-10",
+        folders=("cifar10",),
+        image_size=32,
+        hub="uoft-cs/cifar10",
+        torchvision="CIFAR10",
+        kaggle="swaroopkml/cifar10-pngs-in-folders",
+        recipe={
+            "widths": [48, 96, 192, 256],
+            "depths": [1, 1, 1],
+            "mirror": True,
+            "cycles": [
+                {"epochs": 24, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 3, "flip": True},
+                {"epochs": 10, "learning_rate": 0.06, "weight_decay": 5e-4, "shift": 2, "flip": True},
+            ],
+        },
+    ),
+    "cifar10-64": DataSet(
+        title="CIFAR-10 at 64 x 64",  # the course's
+        folders=("cifar10-64",),
+        image_size=64,
+        kaggle="joaopauloschuler/cifar10-64x64-resized-via-cai-super-resolution",
+    ),
+    "landscapes": DataSet(
+        title="landscapes",
+        folders=("landscape_img_folder",),
+        image_size=64,
+        kaggle="arnaud58/landscape-pictures",
+        crop=True,
+    ),
+}
 
 
 @dataclass
@@ -62,7 +116,7 @@ class ImageData:
 
 
 def load_data(name_or_path: str | Path, split: str = "train", image_size: int | None = None) -> ImageData:
-    """Load fashion_mnist, cifar10, cifar10-64, landscapes or a folder of one's own; never touches the network.
+    """Load a data set of the table DATASETS or a folder of one's own; never touches the network.
 
     A folder holds images in class folders (`<class>/*`), under `train` and `test` or not, or images directly; or
     torchvision's `cifar-10-batches-py`; or MNIST's IDX or parquet files. Without a test folder, a tenth of the
@@ -75,34 +129,30 @@ def load_data(name_or_path: str | Path, split: str = "train", image_size: int | 
         raise UserError(f"unknown split {split!r}: it is train or test")
     if image_size is not None and image_size < 1:
         raise UserError(f"the image size must be 1 or more, not {image_size}")
-    if name == "fashion_mnist":
-        return _load_fashion_mnist(split, image_size)
-    if name in FOLDERS:
-        folder, default_size = ROOT / FOLDERS[name][0], FOLDERS[name][1]
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder.name}/ is not there: run `python download_datasets.py {name}` "
-                "(or give it an archive you have with --from)"
-            )
-        return _load_folder(folder, split, image_size or default_size, name, may_crop=name == "landscapes")
-    folder = Path(name).expanduser().resolve()
-    if not name or not folder.is_dir():
-        known = ", ".join(["fashion_mnist", *FOLDERS])
-        raise UserError(f"no data called {name!r}: it is neither a folder nor one of {known}")
+    row = DATASETS.get(name)
+    if row is not None:
+        folder, image_size = _find(name, row), image_size or row.image_size
+    else:
+        folder = Path(name).expanduser().resolve()
+        if not name or not folder.is_dir():
+            raise UserError(f"no data called {name!r}: it is neither a folder nor one of {', '.join(DATASETS)}")
+        name, row = folder.name, DataSet(folder.name, (), 0, crop=True)
     found = read_mnist_files(folder, split)
     if found is not None:
-        return _mnist_data(*found, name=folder.name, image_size=image_size)
-    return _load_folder(folder, split, image_size, folder.name, may_crop=True)
+        return _mnist_data(*found, name, image_size)
+    return _load_folder(folder, split, image_size, name, row)
 
 
-def _load_fashion_mnist(split: str, image_size: int | None) -> ImageData:
-    for folder in (ROOT / "data/fashion_mnist", DEBIAN_FASHION_MNIST, ROOT / "data/fashion_mnist_sample"):
-        found = read_mnist_files(folder, split)
-        if found is not None:
-            if folder.name == "fashion_mnist_sample":
-                say("Fashion-MNIST: the shipped sample stands in; `python download_datasets.py fashion_mnist` gets all")
-            return _mnist_data(*found, name="fashion_mnist", image_size=image_size)
-    raise UserError("Fashion-MNIST is not there: run `python download_datasets.py fashion_mnist`")
+def _find(name: str, row: DataSet) -> Path:
+    """The folder of a data set of the table. Raises UserError where it is not there."""
+    fetch = f"`python download_datasets.py {name}`"
+    for folder in map(ROOT.joinpath, row.folders):
+        if folder.is_dir() and any(visible(os.listdir(folder))):
+            return folder
+    if row.sample and (ROOT / row.sample).is_dir():
+        say(f"{row.title}: the shipped sample stands in; {fetch} gets all")
+        return ROOT / row.sample
+    raise UserError(f"{row.title} is not there: run {fetch} (or give it an archive you have with --from)")
 
 
 def _mnist_data(images: np.ndarray, labels: np.ndarray, name: str, image_size: int | None) -> ImageData:
@@ -111,11 +161,10 @@ def _mnist_data(images: np.ndarray, labels: np.ndarray, name: str, image_size: i
         x = torch.nn.functional.pad(x, (2, 2, 2, 2))  # the background is black: no pixel needs to be resampled
     elif size != 28:
         x = resize(x, size)
-    classes = (
-        list(FASHION_MNIST_CLASSES) if name.startswith("fashion") else [str(i) for i in range(10)]
-    )  # MNIST's digits
-    # no flips: shoes all point one way
-    return ImageData(x, torch.from_numpy(labels), classes, name, flip=False, image_size=size)
+    plain = name.lower().replace("-", "_")  # a folder called after a data set holds its classes
+    known = [row.classes for key, row in DATASETS.items() if row.classes and plain.startswith(key)]
+    classes = list(known[0]) if known else [str(i) for i in range(10)]  # MNIST's digits
+    return ImageData(x, torch.from_numpy(labels), classes, name, flip=False, image_size=size)  # digits are not mirrored
 
 
 def read_mnist_files(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -188,7 +237,8 @@ def _check_mnist(images: np.ndarray, labels: np.ndarray, images_path, labels_pat
     return images, labels.astype(np.int64)
 
 
-def _load_folder(root: Path, split: str, image_size: int | None, name: str, may_crop: bool) -> ImageData:
+def _load_folder(root: Path, split: str, image_size: int | None, name: str, row: DataSet) -> ImageData:
+    may_crop = row.crop
     if (root / "cifar-10-batches-py").is_dir() or root.name == "cifar-10-batches-py":
         return _load_cifar_batches(root, split, image_size or 32, name)
     folder, held_out = root, True
@@ -221,7 +271,7 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, may_
     empty = sorted(set(labels) - set(y.tolist()))
     if empty:
         raise UserError(f"{folder / classes[empty[0]] if classes else folder} has no readable image")
-    return ImageData(x, y if classes else None, classes, name, split == "train", image_size, may_crop)
+    return ImageData(x, y if classes else None, classes, name, row.flip and split == "train", image_size, may_crop)
 
 
 def _load_cifar_batches(root: Path, split: str, image_size: int, name: str) -> ImageData:
@@ -280,7 +330,7 @@ def describe_folder(name_or_path: str | Path) -> str | None:
     None for built-in data.
     """
     folder = Path(name_or_path).expanduser().resolve()
-    if str(name_or_path) in ("fashion_mnist", *FOLDERS) or not folder.is_dir():
+    if str(name_or_path) in DATASETS or not folder.is_dir():
         return None
     parts = [folder / "train", folder / "test"] if (folder / "train").is_dir() else [folder]
     files = itertools.chain.from_iterable(map(_files_below, parts))

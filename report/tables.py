@@ -9,11 +9,11 @@ is typed by hand, and a test can tell when one is out of date.
 import re
 
 from figures import CHECKPOINTS, RESULTS, read_result
+from image_data import DATASETS
 from utils import ROOT, UserError
 from weights import images_seen, read_checkpoint
 
 PAGES = ("README.md", "checkpoints/README.md")
-DATA = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "landscapes": "landscapes"}
 AIMS = {  # gains, or ours, set for a CPU with bfloat16 units
     "train_28": "2.5x",
     "train_course_32": "2.5x",
@@ -64,28 +64,28 @@ def results_table():
     for path in sorted(RESULTS.glob("samples_*.json")):
         result = read_result(path.stem)
         other = result["features"]["name"]
-        note = f", in the features of {DATA[other]}" if other != result["data"] else ""
-        rows.append([f"{DATA[result['data']]}, `{result['checkpoint']}`{note}", *quality_cells(result)])
+        note = f", in the features of {DATASETS[other].title}" if other != result["data"] else ""
+        rows.append([f"{DATASETS[result['data']].title}, `{result['checkpoint']}`{note}", *quality_cells(result)])
     for path in sorted(RESULTS.glob("sweep_*.json")):
         sweep = read_result(path.stem)
         best = min((r for r in sweep["rows"] if r["weights"] == "ema"), key=lambda r: r["quality"]["frechet_distance"])
         for r in sweep["rows"]:
             note = ", its best scale" if r is best else ""
             if r["cfg_scale"] in (1, 3) or note:
-                name = f"{DATA[r['quality']['data']]}, conditional, {r['weights']} weights, `cfg_scale` {r['cfg_scale']:g}{note}"
+                name = f"{DATASETS[r['quality']['data']].title}, conditional, {r['weights']} weights, `cfg_scale` {r['cfg_scale']:g}{note}"
                 rows.append([name, *quality_cells(r["quality"])])
     return table(["model", "Fréchet", "95% interval", "precision", "recall", "label agreement", "samples"], rows)
 
 
 def features_table():
     rows = []
-    for name in DATA:
+    for name, row in DATASETS.items():
         sanity = read_result(f"sanity_{name}")
         if sanity:
             _, facts = read_features(name)
             floors = [f"{p['mean']:.3f} at {p['count']:,}" for p in sanity["curve"] if p["count"] in (1000, 2000)]
             rows.append(
-                [DATA[name], f"{facts['test_accuracy']:.2%}", str(sanity["features"]["dimensions"]), ", ".join(floors)]
+                [row.title, f"{facts['test_accuracy']:.2%}", str(sanity["features"]["dimensions"]), ", ".join(floors)]
             )
     return table(["classifier of", "test accuracy", "features", "the floor: as many training images"], rows)
 
@@ -232,7 +232,7 @@ def checkpoints_table():
         rows.append(
             [
                 f"`{path.stem}`",
-                DATA.get(config["data"]["name"], ""),
+                DATASETS[config["data"]["name"]].title,
                 how,
                 f"{seen / 1e6:.2f} M ({seen / config['data']['images']:.3g} epochs)",
                 str(train["seed"]),

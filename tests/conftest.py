@@ -1,5 +1,6 @@
 """What the tests share: the project on the path, one thread, tiny data, tiny runs, and bad input's one line."""
 
+import dataclasses
 import re
 import struct
 import sys
@@ -28,6 +29,13 @@ def own_cache(tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(image_data, "CACHE", tmp_path_factory.mktemp("cache"))
     utils.say.cache_clear()
+
+
+def move_fashion_mnist(monkeypatch, folder):
+    """Debian's copy of Fashion-MNIST is looked for in `folder`."""
+    row = image_data.DATASETS["fashion_mnist"]
+    folders = ("data/fashion_mnist", str(folder))
+    monkeypatch.setitem(image_data.DATASETS, "fashion_mnist", dataclasses.replace(row, folders=folders))
 
 
 def write_idx(path, array):

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import move_fashion_mnist
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,6 +31,7 @@ from test_utils import Malicious, class_folder, mutations, write_cifar_batches
 
 import download_datasets
 import image_data
+import utils
 from image_data import load_data
 from utils import UserError
 
@@ -44,7 +46,7 @@ def root(tmp_path, monkeypatch):
     root.mkdir()
     for module in (image_data, utils):
         monkeypatch.setattr(module, "ROOT", root)
-    monkeypatch.setattr(image_data, "DEBIAN_FASHION_MNIST", tmp_path / "no debian")
+    move_fashion_mnist(monkeypatch, tmp_path / "no debian")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in [name for name in os.environ if name.startswith(("KAGGLE_", "XDG_CONFIG", "HF_"))]:
         monkeypatch.delenv(name)
@@ -401,7 +403,7 @@ def test_fashion_mnist_from_a_folder_and_an_archive(root, tmp_path, idx_folder, 
 
 
 def test_fashion_mnist_from_debian_is_used_where_it_is(root, idx_folder, monkeypatch, capsys):
-    monkeypatch.setattr(image_data, "DEBIAN_FASHION_MNIST", idx_folder)
+    move_fashion_mnist(monkeypatch, idx_folder)
     main(["fashion_mnist"])
     assert "nothing to fetch: train 64 images" in capsys.readouterr().out and nothing_left(root)
 

@@ -349,7 +349,7 @@ def test_another_folder_of_the_same_name_is_not_taken_for_the_classifiers(tmp_pa
     monkeypatch.setattr(features, "ROOT", tmp_path)
     cycle = {"epochs": 1, "learning_rate": 0.1, "weight_decay": 0, "shift": 0, "flip": False}
     recipe = {"widths": [4], "depths": [], "batch_size": 4, "cycles": [cycle]}
-    monkeypatch.setitem(features.RECIPES, str(tmp_path / "a/photos"), features.DEFAULT_RECIPE | recipe)
+    monkeypatch.setattr(features, "DEFAULT_RECIPE", features.DEFAULT_RECIPE | recipe)
     for side, count in ("a", 20), ("b", 21), ("moved", 20):
         for i in range(count):
             path = tmp_path / side / "photos" / ("cats" if i % 2 else "dogs") / f"{i}.png"
@@ -369,7 +369,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "CHECKPOINTS", tmp_path / "checkpoints")
     cycle = {"epochs": 2, "learning_rate": 0.2, "weight_decay": 5e-4, "shift": 1, "flip": False}
     recipe = {"widths": [4, 8], "depths": [1], "batch_size": 50, "cycles": [cycle]}
-    monkeypatch.setitem(features.RECIPES, "toy", features.DEFAULT_RECIPE | recipe)
+    monkeypatch.setattr(features, "DEFAULT_RECIPE", features.DEFAULT_RECIPE | recipe)
 
     def load(name, split="train", image_size=None):
         if name != "toy":

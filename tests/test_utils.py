@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import write_idx
+from conftest import move_fashion_mnist, write_idx
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -184,7 +184,7 @@ def only_the_sample(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("load_data must not use the network")
 
-    monkeypatch.setattr(image_data, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    move_fashion_mnist(monkeypatch, tmp_path / "nowhere")
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
@@ -207,7 +207,7 @@ def test_the_shipped_sample(only_the_sample, capsys, monkeypatch, tmp_path):
 
 def test_full_data_is_looked_up_in_order(tmp_path, monkeypatch, idx_folder, capsys):
     monkeypatch.setattr(image_data, "ROOT", tmp_path)
-    monkeypatch.setattr(image_data, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    move_fashion_mnist(monkeypatch, tmp_path / "debian")
     with pytest.raises(UserError, match="download_datasets.py fashion_mnist"):
         load_data("fashion_mnist")
     (tmp_path / "debian").symlink_to(idx_folder)
@@ -428,9 +428,10 @@ def test_folders_without_images_are_refused(tmp_path):
         load_data(tmp_path / "not there")
 
 
-@pytest.mark.parametrize("name", image_data.FOLDERS)
+@pytest.mark.parametrize("name", image_data.DATASETS)
 def test_data_that_is_not_there_names_its_command(name, tmp_path, monkeypatch):
     monkeypatch.setattr(image_data, "ROOT", tmp_path)
+    move_fashion_mnist(monkeypatch, tmp_path / "debian")
     with pytest.raises(UserError, match=f"python download_datasets.py {name}`"):
         load_data(name)
 
@@ -443,7 +444,7 @@ def test_named_folders_have_their_own_settings(tmp_path, monkeypatch):
     class_folder(tmp_path / "landscape_img_folder", {"sea": 2}, size=(100, 100))
     settings = {
         name: (d.images.shape[-1], d.image_size, d.flip, d.crop, d.name)
-        for name in image_data.FOLDERS
+        for name in list(image_data.DATASETS)[1:]
         for d in [load_data(name)]
     }
     assert settings == {
@@ -451,6 +452,20 @@ def test_named_folders_have_their_own_settings(tmp_path, monkeypatch):
         "cifar10-64": (64, 64, True, False, "cifar10-64"),
         "landscapes": (80, 64, True, True, "landscapes"),
     }
+
+
+def test_a_data_set_is_one_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_data, "ROOT", tmp_path)
+    row = image_data.DataSet("toy blocks", folders=("toys/blocks",), image_size=8, flip=False)
+    monkeypatch.setitem(image_data.DATASETS, "blocks", row)
+    with pytest.raises(UserError, match="^toy blocks is not there: run `python download_datasets.py blocks`"):
+        load_data("blocks")
+    class_folder(tmp_path / "toys/blocks", {"cube": 10, "ball": 10}, (30, 20))
+    data = load_data("blocks")
+    assert data.images.shape == (18, 3, 8, 8) and (data.name, data.classes) == ("blocks", ["ball", "cube"])
+    assert (data.flip, data.crop) == (False, False) and image_data.describe_folder("blocks") is None
+    with pytest.raises(UserError, match="neither a folder nor one of fashion_mnist, .*landscapes, blocks$"):
+        load_data("bricks")
 
 
 def test_a_folder_is_known_by_its_files_wherever_it_lies(tmp_path):

@@ -10,6 +10,7 @@ its own, with a limit on processor time and on memory. A command must end with e
 import argparse
 import collections
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -383,7 +384,8 @@ def world(template):
         folder = Path(temporary, "world")
         shutil.copytree(template, folder)
         image_data.ROOT, image_data.CACHE = folder / "project", Path(temporary, "cache")
-        image_data.DEBIAN_FASHION_MNIST = folder / "no debian"
+        row = dataclasses.replace(image_data.DATASETS["fashion_mnist"], folders=("data/fashion_mnist",))
+        image_data.DATASETS["fashion_mnist"] = row
         os.chdir(folder)
         try:
             yield folder
