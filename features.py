@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from image_data import DATASETS, ImageData, describe_folder, load_data, resize
 from utils import ROOT, UserError, atomic_path, autocast, generator, pick_precision, progress, say, sha256, to_model
-from weights import read_file, save_tensors
+from weights import read_tensors, save_tensors
 
 CHECKPOINTS = ROOT / "checkpoints"
 # a feature classifier's network and training; the data set's row in DATASETS may have other values
@@ -270,7 +270,7 @@ def load_features(name: str | Path) -> FeatureNet:
     path = checkpoint_path("features", name)
     known = ", ".join(sorted(p.stem.removeprefix("features_") for p in CHECKPOINTS.glob("features_*.safetensors")))
     hint = f"`python evaluate.py train-features {name}` makes it (there is one of: {known or 'no data set'})"
-    weights, config = read_file(path, hint)
+    weights, config = read_tensors(path, hint)
     try:
         net = FeatureNet(**config["architecture"])
         net.load_state_dict(weights)
@@ -317,7 +317,7 @@ def load_reference(
     """
     if Path(name).name == net.name:
         path = checkpoint_path("reference", name)
-        reference, facts = read_file(path, f"run `python evaluate.py train-features {name}`")
+        reference, facts = read_tensors(path, f"run `python evaluate.py train-features {name}`")
         if facts["features_sha256"] != net.sha256:
             raise UserError(f"{path.name} was made with other weights: run `python evaluate.py train-features {name}`")
         return reference, facts | {"sha256": sha256(path)}
