@@ -319,9 +319,7 @@ def save_samples(path: str | Path, images, labels=None, source: dict | None = No
 
     A tensor of images is N x C x H x W as everywhere in this project, a numpy array N x H x W x C as in the file.
     """
-    arrays = {"images": _as_file(images)} | ({} if labels is None else {"labels": np.asarray(labels)})
-    _check_samples(arrays, path)
-    stream_samples(path, [images], arrays["images"].shape, labels, source)
+    stream_samples(path, [images], _as_file(images).shape, labels, source)
 
 
 def _as_file(images) -> np.ndarray:
@@ -348,39 +346,79 @@ def stream_samples(path: str | Path, batches: Iterable, shape: tuple, labels=Non
                 file.write(_as_file(images).tobytes())
 
 
-def load_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read what `save_samples` writes: images (uint8, N x H x W x C), labels (int64, N) or None. Raises UserError."""
-    arrays = _read_npz(path, "images", "labels")
-    _check_samples(arrays, path)
-    labels = arrays.get("labels")
-    return arrays["images"], None if labels is None else labels.astype(np.int64)
+def load_samples(path: str | Path) -> tuple[torch.Tensor, torch.Tensor | list[str] | None]:
+    """Images (uint8, N x C x H x W) and labels that this or another program has written. Raises UserError.
+
+    path: an .npz with `images`, `samples` or `arr_0`, and perhaps `labels` or `arr_1` (integers, N); or an .npy; both
+    N x H x W x C or N x C x H x W, uint8 or float in [0, 1] or [-1, 1]. Or a folder of pictures of one size: where all
+    of them are in class folders, the labels are the names of these, a list.
+    """
+    if Path(path).is_dir():
+        return _read_pictures(Path(path))
+    arrays = _read_arrays(path, "images", "samples", "arr_0", "labels", "arr_1")
+    images = next((arrays[name] for name in ("images", "samples", "arr_0") if name in arrays), None)
+    labels = next((arrays[name] for name in ("labels", "arr_1") if name in arrays), None)
+    if images is None:
+        raise UserError(f"{path} has no array called images, samples or arr_0")
+    is_float = images.dtype.kind == "f" and images.size > 0 and -1 <= images.min() < images.max() <= 1
+    if images.ndim != 4 or images.size == 0 or not {images.shape[1], images.shape[3]} & {1, 3}:
+        raise UserError(f"{path}: images must be N x H x W x C or N x C x H x W with C = 1 or 3, not {images.shape}")
+    if images.dtype != np.uint8 and not is_float:
+        raise UserError(f"{path}: images must be uint8, or float within [0, 1] or [-1, 1], not {images.dtype}")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise UserError(f"{path}: labels must be one integer for each of the {len(images):,} images")
+    if images.shape[3] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    x = torch.from_numpy(np.ascontiguousarray(images))
+    if is_float:
+        signed = x.min() < 0
+        say(f"{path}: the images are floats, read as in {'[-1, 1]' if signed else '[0, 1]'}")
+        x = to_uint8(x if signed else 2 * x - 1)
+    if x.max() <= 1:
+        raise UserError(f"{path}: the largest value is {x.max()}: images must use the range 0..255")
+    return x, None if labels is None else torch.from_numpy(labels.astype(np.int64))
+
+
+def _read_pictures(folder: Path) -> tuple[torch.Tensor, list[str] | None]:
+    """All pictures below a folder, as one channel where all are grey, and the names of their class folders."""
+    suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+    files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in suffixes and not f.name.startswith(".")]
+    arrays: list[np.ndarray] = []
+    for file in progress(files, desc="reading", unit="image"):
+        try:
+            with Image.open(file) as image:
+                arrays.append(np.asarray(image.convert("RGB")))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{file} is not a readable picture") from error
+        if arrays[-1].shape != arrays[0].shape:
+            raise UserError(f"samples must be of one size, but {file} is larger or smaller than {files[0]}")
+    if not arrays:
+        raise UserError(f"{folder} is not a readable folder of samples: it has no pictures ({', '.join(suffixes)})")
+    x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    if (x == x[:, :1]).all():
+        x = x[:, :1]
+    classes = [file.relative_to(folder).parts[0] for file in files if file.parent != folder]
+    return x.contiguous(), classes if len(classes) == len(files) else None
 
 
 def samples_source(path: str | Path) -> dict:
     """What `save_samples` was told of the images' origin: {} for another program's file. Raises UserError."""
     try:
-        source = json.loads(str(_read_npz(path, "source")["source"]))
+        source = json.loads(str(_read_arrays(path, "source")["source"]))
     except (KeyError, ValueError):
         return {}
     return source if isinstance(source, dict) else {}
 
 
-def _read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
-    """Those of the named arrays that the file has. Raises UserError."""
+def _read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
+    """Those of the named arrays that an .npz has; an .npy's array is called images. Raises UserError."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive}
+        with open(path, "rb") as file:
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                return {"images": content}
+            return {name: content[name] for name in names if name in content}
     except FileNotFoundError as error:
         raise UserError(f"there is no sample file {path}") from error
     except Exception as error:  # numpy, zipfile and zlib each raise their own
-        raise UserError(f"{path} is not a readable .npz file of samples: {error}") from error
-
-
-def _check_samples(arrays: dict[str, np.ndarray], path: str | Path) -> None:
-    images, labels = arrays.get("images"), arrays.get("labels")
-    if images is None:
-        raise UserError(f"{path} has no array called images")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or images.size == 0:
-        raise UserError(f"{path}: images must be uint8 N x H x W x C, C = 1 or 3, not {images.dtype} {images.shape}")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise UserError(f"{path}: labels must be one integer for each of the {len(images):,} images")
+        raise UserError(f"{path} is not a readable file or folder of samples: {error}") from error
