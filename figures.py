@@ -15,8 +15,9 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
+from ddpm import SCHEDULES, Diffusion
 from image_data import load_data
-from utils import ROOT, atomic_path, image_grid, sha256, to_uint8, write_json
+from utils import ROOT, atomic_path, generator, image_grid, sha256, to_uint8, write_json
 
 FIGURES = ROOT / "report/figures"
 PICTURES = ROOT / "report/pictures"
@@ -191,3 +192,22 @@ def labelled_rows(rows, column_labels=None, scale=4, width=TEXT_WIDTH, gap=1):
     axes.set_xticks([gap * scale / 2 + (i + 0.5) * pitch_x for i in range(len(labels))], labels, fontsize=font_size)
     axes.set_yticks([gap * scale / 2 + (i + 0.5) * pitch_y for i in range(len(rows))], list(rows))
     return fig
+
+
+# --- the homework's plots --------------------------------------------------------------------------------------------
+
+
+# Homework TODO 582: plot the forward process
+def noised_rows(image, times, timesteps=1000, schedules=SCHEDULES, seed=1):
+    """{schedule: an image (C x H x W, in [-1, 1]) at each of `times`}, for `labelled_rows`; all with the same noise."""
+    noise = torch.randn(image.shape, generator=generator(seed)).expand(len(times), -1, -1, -1)
+    x0 = image.expand(len(times), -1, -1, -1)
+    return {name: Diffusion(timesteps, name).q_sample(x0, torch.tensor(times), noise) for name in schedules}
+
+
+# Homework TODO 611: plot beta, sqrt(1 - beta) and other curves against the timestep
+def plot_schedules(axes, curve, timesteps=1000, schedules=SCHEDULES, **labels):
+    """One line for each schedule; `curve` maps a Diffusion to the T values to plot."""
+    for name in schedules:
+        axes.plot(curve(Diffusion(timesteps, name)), label=name, **SCHEDULE_STYLE.get(name, {}))
+    axes.set(**{"xlabel": "timestep $t$"} | labels)

@@ -13,15 +13,19 @@ and returns the predicted noise eps, with the shape of x.
 import copy
 
 import torch
+from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from utils import look_up
 
+
+# Homework EMA 7-32: the moving average of the weights
 class EMA:
     """Exponential moving average of a model's weights: ema = beta * ema + (1 - beta) * weights, after every step.
 
-    The average forgets a step after about 1 / (1 - beta) further steps. Until `start` steps have been made it is a plain
-    copy: averaging over the first, quickly changing weights would only blur them. Parameters are averaged, buffers copied.
+    The average forgets a step after about 1 / (1 - beta) further steps. Until `start` steps have been made it is a
+    plain copy: averaging over the first, quickly changing weights would only blur them. Buffers are always copied.
     """
 
     def __init__(self, beta=0.995, start=2000):
@@ -55,15 +59,24 @@ class EMA:
 
 
 def sinusoidal_embedding(t, dim):
-    """N timesteps -> N x dim: sin(t * f) then cos(t * f), f = 10000^(-i / dim) for even i (Vaswani et al. 2017, 3.5)."""
+    """N timesteps -> N x dim: sin(t f), then cos(t f), f = 10000^(-i / dim) for even i (Vaswani et al. 2017, 3.5)."""
     frequencies = 10000 ** (-torch.arange(0, dim, 2, device=t.device, dtype=torch.float32) / dim)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :dim]
 
 
-def embed_labels(embedding, labels):
-    """N labels -> N x dim: a label's row of the table, zeros for -1, so that "no label" adds nothing."""
-    return embedding(labels.clamp(min=0)) * (labels >= 0)[:, None]
+# Homework TODO 215: the table of label embeddings
+def label_embedding(num_classes, dim):
+    """A row of `dim` numbers for each class, as many as a time embedding has; None for an unconditional network."""
+    return nn.Embedding(num_classes, dim) if num_classes else None
+
+
+# Homework TODO 232: labels join the time embedding
+def add_labels(emb, embedding, labels):
+    """Time embeddings (N x dim) plus each label's row of the table; -1 or None, "no label", adds nothing."""
+    if labels is None or embedding is None:
+        return emb
+    return emb + embedding(labels.clamp(min=0)) * (labels >= 0)[:, None]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -71,17 +84,17 @@ def embed_labels(embedding, labels):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def parts(dim, size=32):
-    """Into how many equal parts of about `size` features (never fewer) `dim` divides: attention's heads, norm's groups."""
+def equal_groups(dim, size=32):
+    """How many equal groups of about `size` features (never fewer) `dim` has, for attention's heads and norm."""
     return next(n for n in range(max(1, dim // size), 0, -1) if dim % n == 0)
 
 
 def norm(dim, affine=True):
     # Groups of 32: with fewer channels a group, PyTorch's channels_last kernel on a CPU takes several times as long.
-    return nn.GroupNorm(parts(dim), dim, affine=affine)
+    return nn.GroupNorm(equal_groups(dim), dim, affine=affine)
 
 
-def zero(layer):
+def zero_init(layer):
     """Start a residual branch (or the whole network) at zero, so that training begins from the identity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -94,8 +107,8 @@ class ResnetBlock(nn.Module):
     def __init__(self, dim_in, dim_out, emb_dim):
         super().__init__()
         self.norm1, self.conv1 = norm(dim_in), nn.Conv2d(dim_in, dim_out, 3, padding=1)
-        self.film = zero(nn.Linear(emb_dim, 2 * dim_out))
-        self.norm2, self.conv2 = norm(dim_out, affine=False), zero(nn.Conv2d(dim_out, dim_out, 3, padding=1))
+        self.film = zero_init(nn.Linear(emb_dim, 2 * dim_out))
+        self.norm2, self.conv2 = norm(dim_out, affine=False), zero_init(nn.Conv2d(dim_out, dim_out, 3, padding=1))
         self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x, emb):
@@ -106,7 +119,7 @@ class ResnetBlock(nn.Module):
 
 
 class ConvNextBlock(nn.Module):
-    """7x7 depthwise conv plus the embedding, then two 3x3 convs around GELU: the block of The Annotated Diffusion Model."""
+    """7x7 depthwise conv plus the embedding, then two 3x3 convs around GELU: The Annotated Diffusion Model's block."""
 
     def __init__(self, dim_in, dim_out, emb_dim, mult=2):
         super().__init__()
@@ -131,15 +144,14 @@ BLOCKS = {"resnet": ResnetBlock, "convnext": ConvNextBlock}
 
 def to_heads(x, heads):
     """N x (3 heads d) x H x W -> q, k, v, each N x heads x (H W) x d."""
-    n, channels, height, width = x.shape
-    x = x.permute(0, 2, 3, 1).reshape(n, height * width, 3, heads, channels // (3 * heads))
-    return x.permute(2, 0, 3, 1, 4).unbind(0)
+    return rearrange(x, "n (three heads d) h w -> three n heads (h w) d", three=3, heads=heads).unbind(0)
 
 
-def from_heads(x, height, width):
+def from_heads(x, height):
     """N x heads x (H W) x d -> N x (heads d) x H x W."""
-    n, heads, _, d = x.shape
-    return x.transpose(1, 2).reshape(n, height, width, heads * d).permute(0, 3, 1, 2)
+    # By way of channels last, the order in memory that the convolutions want.
+    channels_last = rearrange(x, "n heads (h w) d -> n h w (heads d)", h=height)
+    return rearrange(channels_last, "n h w c -> n c h w")
 
 
 class Attention(nn.Module):
@@ -147,12 +159,12 @@ class Attention(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.heads, self.norm = parts(dim), norm(dim)
-        self.qkv, self.out = nn.Conv2d(dim, 3 * dim, 1), zero(nn.Conv2d(dim, dim, 1))
+        self.heads, self.norm = equal_groups(dim), norm(dim)
+        self.qkv, self.out = nn.Conv2d(dim, 3 * dim, 1), zero_init(nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
         q, k, v = to_heads(self.qkv(self.norm(x)), self.heads)
-        return x + self.out(from_heads(self.attend(q, k, v), *x.shape[2:]))
+        return x + self.out(from_heads(self.attend(q, k, v), height=x.shape[2]))
 
     def attend(self, q, k, v):
         if (
@@ -179,15 +191,15 @@ class PatchUNet(nn.Module):
     depth        blocks per level, going down and again coming up
     num_classes  None: unconditional; otherwise a label's embedding is added to the time embedding
     block        "resnet" or "convnext"
-    attention    linear attention at the outer levels (all but the lowest), coming up; the middle always has full attention
+    attention    linear attention at the outer levels (all but the lowest), coming up; the middle always has full
+                 attention
     """
 
     def __init__(
         self, channels=1, width=32, mults=(1, 2), depth=1, patch=2, num_classes=None, block="resnet", attention=True
     ):
         super().__init__()
-        if block not in BLOCKS:
-            raise ValueError(f"unknown block {block!r}: choose from {', '.join(BLOCKS)}")
+        block = look_up(BLOCKS, block, "block")
         if min(channels, width, depth, patch, *mults) < 1:
             raise ValueError("channels, width, mults, depth and patch must be at least 1")
         self.channels, self.num_classes, self.patch, self.width = channels, num_classes, patch, width
@@ -196,43 +208,43 @@ class PatchUNet(nn.Module):
         emb_dim, outer = 4 * width, range(len(dims) - 1)
 
         def blocks(dim_in, dim_out):
-            return [BLOCKS[block](dim_in if i == 0 else dim_out, dim_out, emb_dim) for i in range(depth)]
+            return [block(dim_in if i == 0 else dim_out, dim_out, emb_dim) for i in range(depth)]
 
         def outer_attention(level):
             return [LinearAttention(dims[level])] if attention and level in outer else []
 
         self.time_mlp = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.label_emb = nn.Embedding(num_classes, emb_dim) if num_classes else None
+        self.label_emb = label_embedding(num_classes, emb_dim)
         self.stem = nn.Conv2d(channels * patch**2, dims[0], 3, padding=1)
         self.down = nn.ModuleList(nn.ModuleList(blocks(d, d)) for d in dims)
         self.shrink = nn.ModuleList(nn.Conv2d(dims[i], dims[i + 1], 2, stride=2) for i in outer)
-        self.mid = nn.ModuleList([BLOCKS[block](dims[-1], dims[-1], emb_dim), Attention(dims[-1])])
+        self.mid = nn.ModuleList([block(dims[-1], dims[-1], emb_dim), Attention(dims[-1])])
         self.up = nn.ModuleList(nn.ModuleList(blocks(2 * d, d) + outer_attention(i)) for i, d in enumerate(dims))
         self.grow = nn.ModuleList(nn.ConvTranspose2d(dims[i + 1], dims[i], 2, stride=2) for i in outer)
-        self.head = nn.Sequential(norm(dims[0]), nn.SiLU(), zero(nn.Conv2d(dims[0], channels * patch**2, 3, padding=1)))
+        self.head = nn.Sequential(
+            norm(dims[0]), nn.SiLU(), zero_init(nn.Conv2d(dims[0], channels * patch**2, 3, padding=1))
+        )
 
     def forward(self, x, t, labels=None):
         emb = self.time_mlp(sinusoidal_embedding(t, self.width))
-        if labels is not None and self.label_emb is not None:
-            emb = emb + embed_labels(self.label_emb, labels)
-        emb = F.silu(emb)
+        emb = F.silu(add_labels(emb, self.label_emb, labels))
 
         x = self.stem(F.pixel_unshuffle(x, self.patch))
         skips = []
         for level, layers in enumerate(self.down):
-            x = run(layers, x, emb)
+            x = apply_layers(layers, x, emb)
             skips.append(x)
             if level < len(self.shrink):
                 x = self.shrink[level](x)
-        x = run(self.mid, x, emb)
+        x = apply_layers(self.mid, x, emb)
         for level in reversed(range(len(self.up))):
             if level < len(self.grow):
                 x = self.grow[level](x)
-            x = run(self.up[level], torch.cat([x, skips.pop()], dim=1), emb)
+            x = apply_layers(self.up[level], torch.cat([x, skips.pop()], dim=1), emb)
         return F.pixel_shuffle(self.head(x), self.patch)
 
 
-def run(layers, x, emb):
+def apply_layers(layers, x, emb):
     for layer in layers:
         x = layer(x) if isinstance(layer, Attention) else layer(x, emb)
     return x
@@ -305,15 +317,14 @@ class SelfAttention(nn.Module):
         )
 
     def forward(self, x):
-        n, channels, height, width = x.shape
-        tokens = x.flatten(2).transpose(1, 2)
+        tokens = rearrange(x, "n c h w -> n (h w) c")
         qkv = F.linear(self.ln(tokens), self.mha.in_proj_weight, self.mha.in_proj_bias)
-        q, k, v = qkv.reshape(n, -1, 3, self.mha.num_heads, self.mha.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = rearrange(qkv, "n l (three heads d) -> three n heads l d", three=3, heads=self.mha.num_heads)
         # The same as self.mha(...), whose own path may store the (H W) x (H W) attention matrix.
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, -1, channels)
-        tokens = tokens + self.mha.out_proj(attended)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        tokens = tokens + self.mha.out_proj(rearrange(attended, "n heads l d -> n l (heads d)"))
         tokens = tokens + self.ff_self(tokens)
-        return tokens.transpose(1, 2).reshape(n, channels, height, width)
+        return rearrange(tokens, "n (h w) c -> n c h w", h=x.shape[2])
 
 
 class UNet(nn.Module):
@@ -359,14 +370,10 @@ class UNet_conditional(UNet):
     def __init__(self, channels=3, time_dim=256, num_classes=None, width=64):
         super().__init__(channels, time_dim, width)
         self.num_classes = num_classes
-        if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, time_dim)
+        self.label_emb = label_embedding(num_classes, time_dim)
 
     def forward(self, x, t, labels=None):
-        emb = sinusoidal_embedding(t, self.time_dim)
-        if labels is not None and self.num_classes is not None:
-            emb = emb + embed_labels(self.label_emb, labels)
-        return self.unet(x, emb)
+        return self.unet(x, add_labels(sinusoidal_embedding(t, self.time_dim), self.label_emb, labels))
 
 
 NETWORKS = {cls.__name__: cls for cls in (PatchUNet, UNet, UNet_conditional)}

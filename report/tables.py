@@ -91,9 +91,9 @@ def features_table():
 
 
 def read_features(name):
-    from weights import read_file
+    from weights import read_tensors
 
-    return read_file(CHECKPOINTS / f"features_{name}.safetensors", "")
+    return read_tensors(CHECKPOINTS / f"features_{name}.safetensors", "")
 
 
 def work(row):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import ddpm
-from ddpm import SCHEDULES, Diffusion, ImageNoise, beta_schedule, guided
+from ddpm import SCHEDULES, Diffusion, ImageNoise, beta_schedule, ddim_sampler, ddpm_sampler, dpm_sampler
+from ddpm_conditional import guided, predictor, with_labels
 
 DIFFUSERS_NAMES = {
     "linear": "linear",
@@ -20,7 +21,7 @@ DIFFUSERS_NAMES = {
     "quadratic": "scaled_linear",
     "sigmoid": "sigmoid",
 }
-a_schedule = st.sampled_from(SCHEDULES)
+a_schedule = st.sampled_from(list(SCHEDULES))
 f64 = torch.float64
 
 
@@ -30,8 +31,14 @@ def noise_sequence(shape, seed=0, dtype=f64):
     return lambda: torch.randn(shape, generator=g, dtype=dtype)
 
 
+def exact_diffusion(timesteps, schedule):
+    """With tables in float64, for comparisons beyond float32's digits."""
+    return Diffusion(timesteps, schedule).to("cpu", f64)
+
+
 def some_model(x, t):
-    """A smooth function of x and t that predicts no noise in particular."""
+    """A smooth function of x and t (one for all images, or one each) that predicts no noise in particular."""
+    t = torch.as_tensor(t).to(x.dtype).view(-1, 1, 1, 1)
     return 0.6 * x + 0.3 * torch.sin(3 * x + 0.1 * t)
 
 
@@ -40,7 +47,7 @@ def last(sampler):
     return x
 
 
-# --- schedules ---------------------------------------------------------------------------------------------------------
+# --- schedules ---
 
 
 @pytest.mark.parametrize("timesteps", [1, 2, 10, 200, 1000, 4000])
@@ -85,10 +92,10 @@ def test_bad_objective_sampler_and_steps():
     with pytest.raises(ValueError, match="unknown objective"):
         Diffusion(objective="l2")
     with pytest.raises(ValueError, match="unknown sampler"):
-        Diffusion(10).sample(lambda x, t, labels: x, 1, (1, 4, 4), sampler="euler")
+        Diffusion(10).sample(lambda x, t: x, 1, (1, 4, 4), sampler="euler")
     for steps in (0, 11):
         with pytest.raises(ValueError, match="steps"):
-            Diffusion(10).step_pairs(steps)
+            Diffusion(10).even_timesteps(steps)
 
 
 @given(a_schedule, st.integers(1, 2000))
@@ -114,7 +121,7 @@ def test_tables(schedule, timesteps):
     assert (d.posterior_variance <= d.betas).all()
 
 
-# --- forward process ---------------------------------------------------------------------------------------------------
+# --- forward process ---
 
 
 @given(a_schedule, st.integers(1, 1000), st.data())
@@ -191,22 +198,22 @@ def test_posterior_at_the_first_step_is_x0():
     assert variance.item() == 0
 
 
-# --- objectives --------------------------------------------------------------------------------------------------------
+# --- objectives ---
 
 
 @pytest.mark.parametrize("loss", ddpm.LOSSES)
 def test_losses(loss):
     d, g = Diffusion(100, "cosine"), torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 4, 1, 8, 8, generator=g)
-    t, labels, seen = torch.tensor([0, 5, 50, 99]), torch.tensor([0, 1, -1, 2]), []
+    t, seen = torch.tensor([0, 5, 50, 99]), []
 
-    def model(x_t, t, labels):
-        seen.append((x_t, t, labels))
+    def eps_model(x_t, t):
+        seen.append((x_t, t))
         return 2 * x_t
 
-    ours = d.loss(model, x0, t, noise, labels, loss).item()
+    ours = d.loss(eps_model, x0, t, noise, loss).item()
     x_t = d.q_sample(x0, t, noise)
-    assert torch.equal(seen[0][0], x_t) and torch.equal(seen[0][1], t) and seen[0][2] is labels
+    assert torch.equal(seen[0][0], x_t) and torch.equal(seen[0][1], t)
     error = (2 * x_t - noise).numpy().astype(np.float64)
     expected = {
         "l1": np.abs(error),
@@ -232,7 +239,7 @@ def test_vlb_weights_are_the_bounds(schedule):
     np.testing.assert_allclose(unweighted, ((wrong - noise) ** 2).mean().item(), rtol=1e-5)
 
 
-# --- samplers against diffusers ----------------------------------------------------------------------------------------
+# --- samplers against diffusers ---
 
 
 def their_betas(schedule, timesteps):
@@ -265,9 +272,8 @@ def test_ddpm_is_diffusers(schedule, variance, clip, dtype, tolerance):
         exact(theirs, schedule, timesteps)
     draw = noise_sequence(shape, dtype=dtype)
     x, g = draw(), torch.Generator().manual_seed(1)
-    chain = Diffusion(timesteps, schedule).ddpm_sampler(
-        some_model, x, noise_sequence(shape, 1, dtype), None, variance, clip
-    )
+    d = Diffusion(timesteps, schedule).to("cpu", dtype)
+    chain = ddpm_sampler(d, some_model, x, noise_sequence(shape, 1, dtype), timesteps, variance, clip)
     x_t = next(chain)
     assert x_t is x
     for t, ours in zip(reversed(range(timesteps)), chain, strict=True):
@@ -289,10 +295,10 @@ def test_ddim_is_diffusers(schedule, eta, clip, dtype, tolerance):
         exact(theirs, schedule, timesteps)
     theirs.set_timesteps(steps)
     draw, their_draw = noise_sequence(shape, 1, dtype), noise_sequence(shape, 1, dtype)
-    d = Diffusion(timesteps, schedule)
-    chain = d.ddim_sampler(some_model, noise_sequence(shape, 0, dtype)(), draw, steps, eta, clip)
+    d = Diffusion(timesteps, schedule).to("cpu", dtype)
+    chain = ddim_sampler(d, some_model, noise_sequence(shape, 0, dtype)(), draw, steps, eta, clip)
     x_t = next(chain)
-    assert [t for t, _ in d.step_pairs(steps)] == theirs.timesteps.tolist()
+    assert d.even_timesteps(steps) == theirs.timesteps.tolist()
     for t, ours in zip(theirs.timesteps.tolist(), chain, strict=True):
         noise = {"variance_noise": their_draw()} if eta > 0 and t > 4 else {}  # the last step adds none
         their_eta = eta if noise else 0.0
@@ -304,7 +310,7 @@ def test_ddim_is_diffusers(schedule, eta, clip, dtype, tolerance):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own, with NumPy 2
-@pytest.mark.parametrize("spacing", ["step_pairs", "log_snr_pairs"])
+@pytest.mark.parametrize("spacing", ["even_timesteps", "log_snr_timesteps"])
 @pytest.mark.parametrize("eta, algorithm", [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("timesteps, steps", [(1000, 20), (1000, 7), (60, 60), (50, 1), (50, 2)])
@@ -320,17 +326,17 @@ def test_dpm_is_diffusers(schedule, timesteps, steps, eta, algorithm, spacing):
         timestep_spacing="trailing",
     )
     # theirs rounds x and the noise to float32, which tells on large x: at purer noise, and with noise added
-    tolerance = 1e-6 if spacing == "step_pairs" and eta == 0 else 1e-5
-    d, shape = Diffusion(timesteps, schedule), (2, 1, 4, 4)
+    tolerance = 1e-6 if spacing == "even_timesteps" and eta == 0 else 1e-5
+    d, shape = exact_diffusion(timesteps, schedule), (2, 1, 4, 4)
     theirs.set_timesteps(steps)
-    if spacing == "step_pairs":
-        d.log_snr_pairs = d.step_pairs
+    if spacing == "even_timesteps":
+        d.log_snr_timesteps = d.even_timesteps
     else:
-        theirs.timesteps = torch.tensor([t for t, _ in d.log_snr_pairs(steps)])
+        theirs.timesteps = torch.tensor(d.log_snr_timesteps(steps))
     a = (1 - beta_schedule(schedule, timesteps)).cumprod(0)[theirs.timesteps]
     theirs.sigmas = torch.cat([(1 / a - 1).sqrt(), torch.zeros(1, dtype=f64)])  # in float64, as ours
     x, draw, their_draw = noise_sequence(shape)(), noise_sequence(shape, 1), noise_sequence(shape, 1)
-    chain = d.dpm_sampler(some_model, x, draw, steps, eta, clip=False)
+    chain = dpm_sampler(d, some_model, x, draw, steps, eta, clip=False)
     next(chain)
     for i, (t, ours) in enumerate(zip(theirs.timesteps, chain, strict=True)):
         noise = their_draw() if eta and i < steps - 1 else torch.zeros(shape, dtype=f64)  # the last step adds none
@@ -338,7 +344,7 @@ def test_dpm_is_diffusers(schedule, timesteps, steps, eta, algorithm, spacing):
         torch.testing.assert_close(ours, x, rtol=tolerance, atol=tolerance)
 
 
-# --- samplers on Gaussian data -----------------------------------------------------------------------------------------
+# --- samplers on Gaussian data ---
 # For data N(MEAN, STD^2) in every pixel the optimal prediction of the noise is linear in x_t, so without clipping each
 # sampler is affine in its starting noise and in what it draws: mean and variance obey exact recursions.
 
@@ -347,7 +353,7 @@ MEAN, STD = 0.3, 0.2
 
 def gaussian_predictor(diffusion):
     def eps_model(x, t):
-        a = diffusion.alphas_cumprod_float64[t]
+        a = diffusion.alphas_cumprod_float64[t[0]]
         return (1 - a) ** 0.5 * (x - a**0.5 * MEAN) / (a * STD**2 + 1 - a)
 
     return eps_model
@@ -372,9 +378,9 @@ def sampled_mean_and_variance(sampler, sources):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("timesteps", [1, 2, 30, 300])
 def test_ddpm_on_gaussian_data(schedule, timesteps, variance):
-    d = Diffusion(timesteps, schedule)
+    d = exact_diffusion(timesteps, schedule)
     ours = sampled_mean_and_variance(
-        lambda x, draw: d.ddpm_sampler(gaussian_predictor(d), x, draw, None, variance, clip=False), timesteps
+        lambda x, draw: ddpm_sampler(d, gaussian_predictor(d), x, draw, timesteps, variance, clip=False), timesteps
     )
     betas = beta_schedule(schedule, timesteps).numpy()
     a = np.cumprod(1 - betas)
@@ -394,9 +400,9 @@ def test_ddpm_on_gaussian_data(schedule, timesteps, variance):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("timesteps, steps", [(2, 2), (30, 30), (100, 10), (1000, 50), (1000, 7)])
 def test_ddim_on_gaussian_data(schedule, timesteps, steps, eta):
-    d = Diffusion(timesteps, schedule)
+    d = exact_diffusion(timesteps, schedule)
     ours = sampled_mean_and_variance(
-        lambda x, draw: d.ddim_sampler(gaussian_predictor(d), x, draw, steps, eta, clip=False), steps if eta else 1
+        lambda x, draw: ddim_sampler(d, gaussian_predictor(d), x, draw, steps, eta, clip=False), steps if eta else 1
     )
     a = np.append(np.cumprod(1 - beta_schedule(schedule, timesteps).numpy()), 1.0)  # a[-1] is the clean image
     visited = [round(timesteps * (1 - i / steps)) - 1 for i in range(steps)] + [-1]
@@ -411,60 +417,63 @@ def test_ddim_on_gaussian_data(schedule, timesteps, steps, eta):
     np.testing.assert_allclose(ours, (mean, var), rtol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddpm-beta", "ddim", "ddim-eta", "dpm", "dpm-eta"])
+@pytest.mark.parametrize(
+    "run, options, noisy",
+    [
+        (ddpm_sampler, {}, True),
+        (ddpm_sampler, {"variance": "beta"}, True),
+        (ddim_sampler, {}, False),
+        (ddim_sampler, {"eta": 1.0}, True),
+        (dpm_sampler, {"eta": 0.0}, False),
+        (dpm_sampler, {}, True),
+    ],
+)
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_samplers_approach_the_data(schedule, sampler):
+def test_samplers_approach_the_data(schedule, run, options, noisy):
     """With more steps, every sampler's mean and standard deviation come closer to the data's. cosine: T grows. linear
     reaches noise only at T = 1000, so there the number of steps grows."""
     errors = []
     for steps in (10, 40, 160, 640):
         d = Diffusion(steps if schedule == "cosine" else 1000, schedule)
-        run, sources = {
-            "ddpm": (lambda *a: d.ddpm_sampler(gaussian_predictor(d), *a, steps, clip=False), steps),  # noqa: B023
-            "ddpm-beta": (lambda *a: d.ddpm_sampler(gaussian_predictor(d), *a, steps, "beta", clip=False), steps),  # noqa: B023
-            "ddim": (lambda *a: d.ddim_sampler(gaussian_predictor(d), *a, steps, clip=False), 1),  # noqa: B023
-            "ddim-eta": (lambda *a: d.ddim_sampler(gaussian_predictor(d), *a, steps, 1.0, clip=False), steps),  # noqa: B023
-            "dpm": (lambda *a: d.dpm_sampler(gaussian_predictor(d), *a, steps, 0.0, clip=False), 1),  # noqa: B023
-            "dpm-eta": (lambda *a: d.dpm_sampler(gaussian_predictor(d), *a, steps, clip=False), steps),  # noqa: B023
-        }[sampler]
-        mean, variance = sampled_mean_and_variance(run, sources)
+        eps_model = gaussian_predictor(d)
+        mean, variance = sampled_mean_and_variance(
+            lambda x, draw: run(d, eps_model, x, draw, steps, clip=False, **options),  # noqa: B023
+            steps if noisy else 1,
+        )
         errors.append(max(abs(mean - MEAN), abs(variance**0.5 - STD)))
     assert errors[-1] < 0.01
     assert errors[-1] < errors[0] / 2 and errors[2] <= errors[0]
 
 
-# --- sampler properties ------------------------------------------------------------------------------------------------
+# --- sampler properties ---
 
 
 @given(st.integers(1, 3000), st.data())
-def test_step_pairs(timesteps, data):
+def test_even_timesteps(timesteps, data):
     steps = data.draw(st.integers(1, timesteps))
-    pairs = Diffusion(timesteps).step_pairs(steps) if timesteps < 50 else Diffusion.step_pairs(_only(timesteps), steps)
-    assert len(pairs) == steps and pairs[0][0] == timesteps - 1 and pairs[-1][1] == -1
-    assert all(t > s for t, s in pairs)
-    assert all(one[1] == two[0] for one, two in zip(pairs[:-1], pairs[1:], strict=True))
-    gaps = [t - s for t, s in pairs]
-    assert max(gaps) - min(gaps) <= 2  # evenly spaced, up to rounding
+    visited = Diffusion.even_timesteps(_only(timesteps), steps)
+    gaps = -np.diff([*visited, -1])
+    assert len(visited) == steps and visited[0] == timesteps - 1
+    assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 2  # evenly spaced, up to rounding
 
 
 @given(a_schedule, st.integers(1, 300), st.data())
-def test_log_snr_pairs(schedule, timesteps, data):
+def test_log_snr_timesteps(schedule, timesteps, data):
     steps, d = data.draw(st.integers(1, timesteps)), Diffusion(timesteps, schedule)
-    pairs = d.log_snr_pairs(steps)
-    assert len(pairs) == steps and pairs[-1][1] == -1 and all(t > s for t, s in pairs)
-    assert all(one[1] == two[0] for one, two in zip(pairs[:-1], pairs[1:], strict=True))
-    first = pairs[0][0]
+    visited = d.log_snr_timesteps(steps)
+    first = visited[0]
+    assert len(visited) == steps and visited[-1] >= 0 and (np.diff(visited) < 0).all()
     assert d.signal(first) >= ddpm.MIN_SIGNAL or first < steps  # nearly pure noise only where every timestep is needed
     assert first == timesteps - 1 or d.signal(first + 1) < ddpm.MIN_SIGNAL
     with pytest.raises(ValueError, match="steps must be between"):
-        d.log_snr_pairs(timesteps + 1)
+        d.log_snr_timesteps(timesteps + 1)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_log_snr_pairs_are_evenly_spaced(schedule):
+def test_log_snr_timesteps_are_evenly_spaced(schedule):
     """Up to the timesteps that there are: none lies between where a step should end and where it does."""
     d, steps = Diffusion(1000, schedule), 10
-    visited = [t for t, _ in d.log_snr_pairs(steps)]
+    visited = d.log_snr_timesteps(steps)
     targets = np.linspace(d.half_log_snr(visited[0]), d.half_log_snr(0), steps)
     for t, target in list(zip(visited, targets, strict=True))[1:-1]:
         assert d.half_log_snr(t) <= target < d.half_log_snr(t - 1)
@@ -482,18 +491,7 @@ def test_samplers_yield_every_step(schedule, timesteps, sampler, clip, data):
     steps = data.draw(st.integers(1, timesteps))
     n, shape = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([(1, 4, 4), (3, 2, 6)]))
     d = Diffusion(timesteps, schedule)
-    chain = list(
-        d.trajectory(
-            lambda x, t, labels: some_model(x, t[0].item()),
-            shape,
-            range(n),
-            0,
-            sampler=sampler,
-            steps=steps,
-            clip=clip,
-            eta=0.5,
-        )
-    )
+    chain = list(d.trajectory(some_model, shape, range(n), sampler=sampler, steps=steps, clip=clip, eta=0.5))
     assert len(chain) == steps + 1
     assert all(x.shape == (n, *shape) and x.isfinite().all() for x in chain)
     if clip:
@@ -502,31 +500,29 @@ def test_samplers_yield_every_step(schedule, timesteps, sampler, clip, data):
 
 @given(a_schedule, st.integers(1, 80))
 def test_ddim_with_all_steps_and_eta_1_is_ddpm(schedule, timesteps):
-    d, x = Diffusion(timesteps, schedule), torch.ones(1, 1, 2, 2, dtype=f64)
-    one = last(d.ddpm_sampler(some_model, x, noise_sequence(x.shape)))
-    other = last(d.ddim_sampler(some_model, x, noise_sequence(x.shape), timesteps, 1.0))
+    d, x = exact_diffusion(timesteps, schedule), torch.ones(1, 1, 2, 2, dtype=f64)
+    one = last(ddpm_sampler(d, some_model, x, noise_sequence(x.shape), timesteps))
+    other = last(ddim_sampler(d, some_model, x, noise_sequence(x.shape), timesteps, 1.0))
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@given(a_schedule, st.integers(2, 500), st.data())
-def test_ddpm_steps_to_the_posterior_mean(schedule, timesteps, data):
-    """The script's two ways to the same step: q_posterior from the tables, and the sampler's floats."""
-    d, shape = Diffusion(timesteps, schedule), (1, 1, 3, 3)
-    steps = data.draw(st.integers(1, min(timesteps - 1, 20)))
-    x = noise_sequence(shape, dtype=torch.float32)()
-    chain = d.ddpm_sampler(some_model, x, lambda: torch.zeros(shape))
-    for _ in range(steps):
-        x = next(chain)
-    t = torch.tensor([timesteps - steps])
-    x0 = d.predict_x0(x, t, some_model(x, t.item())).clamp(-1, 1)
-    torch.testing.assert_close(next(chain), d.q_posterior(x0, x, t)[0], rtol=1e-4, atol=1e-4)
+@given(a_schedule, st.integers(1, 300), st.data())
+def test_respaced_is_the_same_process(schedule, timesteps, data):
+    """At the timesteps that it visits, it holds as much of the image; one of its steps is several of the whole process."""
+    d = exact_diffusion(timesteps, schedule)
+    visited = sorted(d.even_timesteps(data.draw(st.integers(1, timesteps))))
+    coarse = d.respaced(visited)
+    torch.testing.assert_close(coarse.alphas_cumprod, d.alphas_cumprod[visited], rtol=1e-9, atol=0)
+    between = zip([-1, *visited[:-1]], visited, strict=True)
+    survive = torch.stack([(1 - d.betas[s + 1 : t + 1]).prod() for s, t in between])
+    torch.testing.assert_close(1 - coarse.betas, survive, rtol=1e-9, atol=1e-12)
 
 
 def test_a_perfect_predictor_gets_the_image_back():
     x0 = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     d = Diffusion(100, "cosine")
 
-    def eps_model(x, t, labels):
+    def eps_model(x, t):
         a = d.alphas_cumprod_float64[t[0]]
         return (x - a**0.5 * x0) / (1 - a) ** 0.5
 
@@ -534,11 +530,11 @@ def test_a_perfect_predictor_gets_the_image_back():
         torch.testing.assert_close(d.sample(eps_model, 2, (1, 4, 4), sampler=sampler, steps=20), x0, rtol=0, atol=1e-4)
 
 
-# --- sample ------------------------------------------------------------------------------------------------------------
+# --- sample ---
 
 
 def cheap_model(x, t, labels=None):
-    return some_model(x, t[0].item()) + (0 if labels is None else 0.1 * labels.view(-1, 1, 1, 1))
+    return some_model(x, t) + (0 if labels is None else 0.1 * labels.view(-1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
@@ -557,18 +553,20 @@ def test_image_i_depends_on_seed_and_i_only(sampler):
 def test_sample_with_own_start_and_labels_in_batches():
     d, x_T = Diffusion(30, "cosine"), torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 1, 0])
-    whole = d.sample(cheap_model, 5, (1, 4, 4), labels=labels, x_T=x_T, steps=5)
-    assert torch.equal(d.sample(cheap_model, 5, (1, 4, 4), labels=labels, x_T=x_T, steps=5, batch_size=2), whole)
-    alone = d.sample(cheap_model, 1, (1, 4, 4), labels=labels[3:4], x_T=x_T[3:4], steps=5)
+    eps_model = with_labels(cheap_model, labels)
+    whole = d.sample(eps_model, 5, (1, 4, 4), x_T=x_T, steps=5)
+    batches = d.sample_batches(predictor(cheap_model, labels), 5, (1, 4, 4), x_T=x_T, steps=5, batch_size=2)
+    assert torch.equal(torch.cat(list(batches)), whole)
+    alone = d.sample(with_labels(cheap_model, labels[3:4]), 1, (1, 4, 4), x_T=x_T[3:4], steps=5)
     assert torch.equal(alone, whole[3:4])
-    chain = list(d.trajectory(cheap_model, (1, 4, 4), range(5), labels=labels, x_T=x_T, steps=5))
+    chain = list(d.trajectory(eps_model, (1, 4, 4), range(5), x_T=x_T, steps=5))
     assert torch.equal(chain[0], x_T) and torch.equal(chain[-1], whole)
 
 
 def test_default_steps():
     d, calls = Diffusion(200), []
 
-    def model(x, t, labels):
+    def model(x, t):
         calls.append(t[0].item())
         return x
 
@@ -581,12 +579,11 @@ def test_default_steps():
 def test_default_noise():
     """Of the samplers that have a choice, DDIM adds none by default and DPM-Solver++ as much as DDPM."""
     d, shape = Diffusion(30, "cosine"), (1, 4, 4)
-    for sampler, eta in ddpm.ETAS.items():
+    for sampler, eta in {"ddim": 0.0, "dpm": 1.0}.items():
         default, own, other = (
             d.sample(cheap_model, 2, shape, sampler=sampler, steps=10, eta=e) for e in (None, eta, 0.5)
         )
         assert torch.equal(default, own) and not torch.equal(default, other)
-    assert ddpm.ETAS == {"ddim": 0.0, "dpm": 1.0}
 
 
 def test_noise_is_standard_normal_and_independent():
@@ -598,7 +595,7 @@ def test_noise_is_standard_normal_and_independent():
         assert abs(np.corrcoef(x, y)[0, 1]) < 0.03
 
 
-# --- classifier-free guidance ------------------------------------------------------------------------------------------
+# --- classifier-free guidance ---
 
 
 class TwoPredictions:
@@ -620,7 +617,7 @@ class TwoPredictions:
 def test_cfg_algebra(scale, n):
     model, x = TwoPredictions(), torch.linspace(-1, 1, n).view(n, 1, 1, 1)
     labels = torch.arange(n) % 3
-    eps = guided(model, labels, scale)(x, 7)
+    eps = guided(model, labels, scale)(x, torch.full((n,), 7))
     cond, uncond = 3 * x + labels.view(-1, 1, 1, 1), x
     if scale == 0:
         assert torch.equal(eps, cond)  # no guidance at all, not the unconditional prediction
@@ -632,12 +629,24 @@ def test_cfg_algebra(scale, n):
 
 def test_cfg_without_labels_is_unconditional():
     model, x = TwoPredictions(), torch.ones(2, 1, 1, 1)
-    assert torch.equal(guided(model, None, 3.0)(x, 0), x) and model.calls == [2]
+    assert torch.equal(guided(model, None, 3.0)(x, torch.zeros(2).long()), x) and model.calls == [2]
 
 
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
 def test_guided_sampling_is_one_pass_a_step(sampler):
     model, d = TwoPredictions(), Diffusion(50, "cosine")
     labels = torch.tensor([0, 1, 2])
-    images = d.sample(model, 3, (1, 2, 2), labels=labels, cfg_scale=2.0, sampler=sampler, steps=10)
+    images = d.sample(guided(model, labels, 2.0), 3, (1, 2, 2), sampler=sampler, steps=10)
     assert model.calls == [6] * 10 and images.isfinite().all()
+
+
+def test_guidance_in_an_interval_of_timesteps():
+    """At and between its ends the guided prediction, elsewhere the conditional one, in a pass of half the size."""
+    model, x, labels = TwoPredictions(), torch.ones(2, 1, 1, 1), torch.tensor([0, 1])
+    eps_model = guided(model, labels, 3.0, cfg_interval=(10, 20))
+    for t, inside in {9: False, 10: True, 15: True, 20: True, 21: False}.items():
+        model.calls.clear()
+        cond = 3 * x + labels.view(-1, 1, 1, 1)
+        expected = x + 3 * (cond - x) if inside else cond
+        torch.testing.assert_close(eps_model(x, torch.full((2,), t)), expected)
+        assert model.calls == [4 if inside else 2]

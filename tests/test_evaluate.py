@@ -20,7 +20,7 @@ import image_data
 from ddpm import Diffusion
 from image_data import ImageData, load_data
 from utils import UserError, generator, save_samples, to_model, to_uint8
-from weights import read_file, save_tensors
+from weights import read_tensors, save_tensors
 
 
 def normal(*shape, seed=0):
@@ -511,7 +511,7 @@ def shipped():
 
 def test_shipped_classifier(shipped):
     net, reference, test = shipped
-    _, facts = read_file(features.checkpoint_path("features", "fashion_mnist"), "")
+    _, facts = read_tensors(features.checkpoint_path("features", "fashion_mnist"), "")
     assert facts["test_accuracy"] >= 0.94
     some = ImageData(test.images[:1000], test.labels[:1000], test.classes, "", False, 28)
     assert features.accuracy(net, some) > 0.92

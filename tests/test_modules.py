@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import modules
-from ddpm import guided
+from ddpm_conditional import guided
 from modules import EMA, PatchUNet, UNet, UNet_conditional
 from training import train
 from weights import load_checkpoint
@@ -37,7 +37,7 @@ def inputs(channels=1, size=8, n=3, seed=0):
     return torch.randn(n, channels, size, size, generator=g), torch.randint(1000, (n,), generator=g)
 
 
-# --- the course's networks ---------------------------------------------------------------------------------------------
+# --- the course's networks ---
 
 
 @pytest.mark.parametrize("network, arguments", [(UNet, {}), (UNet_conditional, {"num_classes": 10})])
@@ -108,7 +108,7 @@ def test_self_attention_is_multihead_attention():
     torch.testing.assert_close(layer(x), tokens.transpose(1, 2).reshape(x.shape), rtol=1e-5, atol=1e-5)
 
 
-# --- PatchUNet ---------------------------------------------------------------------------------------------------------
+# --- PatchUNet ---
 
 
 @pytest.mark.parametrize("block", modules.BLOCKS)
@@ -210,15 +210,16 @@ def test_guided_in_one_pass_is_two_passes(which):
     x, _ = inputs(size=16)
     labels = torch.tensor([0, 4, 2])
     with torch.no_grad():
-        cond, uncond = model(x, torch.full((3,), 7), labels), model(x, torch.full((3,), 7), None)
+        t = torch.full((3,), 7)
+        cond, uncond = model(x, t, labels), model(x, t, None)
         for scale in (0.5, 2.0, 7.5):
             expected = uncond + scale * (cond - uncond)
-            torch.testing.assert_close(guided(model, labels, scale)(x, 7), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(guided(model, labels, scale)(x, t), expected, rtol=1e-5, atol=1e-5)
         for scale in (0, 1):
-            torch.testing.assert_close(guided(model, labels, scale)(x, 7), cond, rtol=0, atol=0)
+            torch.testing.assert_close(guided(model, labels, scale)(x, t), cond, rtol=0, atol=0)
 
 
-# --- layers ------------------------------------------------------------------------------------------------------------
+# --- layers ---
 
 
 @pytest.mark.parametrize("dim", [1, 2, 33, 48, 256])
@@ -266,7 +267,7 @@ def test_resnet_block_is_its_formula():
     torch.testing.assert_close(block(x, emb), h + block.skip(x), rtol=1e-4, atol=1e-5)
 
 
-# --- EMA ---------------------------------------------------------------------------------------------------------------
+# --- EMA ---
 
 
 class Weights(nn.Module):
@@ -311,7 +312,7 @@ def test_ema_defaults_are_the_courses():
             EMA(beta)
 
 
-# --- all of it together ------------------------------------------------------------------------------------------------
+# --- all of it together ---
 
 
 def test_a_trained_model_draws_the_class_it_is_asked_for(tiny_data, tmp_path):
@@ -323,7 +324,7 @@ def test_a_trained_model_draws_the_class_it_is_asked_for(tiny_data, tmp_path):
     labels = torch.arange(60) % 2
     right = {}
     for scale in (0, 2.0):
-        x = diffusion.sample(model, 60, (1, 8, 8), labels=labels, cfg_scale=scale, sampler="ddim", steps=20)
+        x = diffusion.sample(guided(model, labels, scale), 60, (1, 8, 8), sampler="ddim", steps=20)
         brighter_right = x[..., 4:].mean((1, 2, 3)) > x[..., :4].mean((1, 2, 3))
         right[scale] = (brighter_right == (labels == 1)).float().mean().item()
     assert right[0] > 0.8 and right[2.0] > 0.95, right

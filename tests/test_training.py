@@ -25,9 +25,18 @@ from torch import nn
 import training
 import utils
 from ddpm import Diffusion
-from training import Held, Run, load_state, locked, save_state, train
+from training import Held, locked, train
 from utils import UserError
-from weights import build_model, load_checkpoint, read_checkpoint, save_checkpoint, select_weights
+from weights import (
+    STATES,
+    build_model,
+    load_checkpoint,
+    load_state,
+    read_checkpoint,
+    save_checkpoint,
+    save_state,
+    select_weights,
+)
 
 
 def contents(folder):
@@ -73,10 +82,10 @@ def stop_after(monkeypatch):
     def arrange(step, number=signal.SIGTERM):
         draw_batch = training.draw_batch
 
-        def draw_and_signal(data, config, k, timesteps):
+        def draw_and_signal(data, config, k, diffusion):
             if k == step:
                 os.kill(os.getpid(), number)
-            return draw_batch(data, config, k, timesteps)
+            return draw_batch(data, config, k, diffusion)
 
         monkeypatch.setattr(training, "draw_batch", draw_and_signal)
 
@@ -127,7 +136,7 @@ def test_plain_loop_is_the_same_run(tiny_data, tmp_path, optimizer):
     optim = step_of(model.parameters(), lr=lr, foreach=False)
     diffusion = Diffusion(20, "cosine")
     for step in range(12):
-        x0, t, noise, labels = training.draw_batch(tiny_data, config, step, 20)
+        x0, t, noise, labels = training.draw_batch(tiny_data, config, step, diffusion)
         a = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
         x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
         loss = ((model(x_t, t, labels) - noise) ** 2).mean()
@@ -161,10 +170,10 @@ def test_every_epoch_shows_every_image_once():
 
 def test_draws_of_a_step(tiny_data):
     config = tiny_config(batch_size=4000, p_uncond=0.2)
-    x0, t, noise, labels = training.draw_batch(tiny_data, config, 3, 20)
-    again = training.draw_batch(tiny_data, config, 3, 20)
+    x0, t, noise, labels = training.draw_batch(tiny_data, config, 3, Diffusion(20))
+    again = training.draw_batch(tiny_data, config, 3, Diffusion(20))
     assert all(torch.equal(a, b) for a, b in zip((x0, t, noise, labels), again, strict=True))
-    assert not torch.equal(training.draw_batch(tiny_data, config, 4, 20)[2], noise)
+    assert not torch.equal(training.draw_batch(tiny_data, config, 4, Diffusion(20))[2], noise)
     assert x0.min() >= -1 and x0.max() <= 1 and noise.std().sub(1).abs() < 0.01
     assert t.bincount().shape == (20,) and t.bincount().min() > 120  # 200 expected, standard deviation 14
     dropped = labels == -1
@@ -175,11 +184,11 @@ def test_draws_of_a_step(tiny_data):
 
 def test_label_dropout_of_whole_batches(tiny_data):
     config = tiny_config(label_dropout="batch", p_uncond=0.3)
-    whole = [training.draw_batch(tiny_data, config, step, 20)[3] == -1 for step in range(300)]
+    whole = [training.draw_batch(tiny_data, config, step, Diffusion(20))[3] == -1 for step in range(300)]
     assert all(dropped.all() or not dropped.any() for dropped in whole)
     assert abs(sum(dropped[0].item() for dropped in whole) / 300 - 0.3) < 0.1
     config = tiny_config(p_uncond=0.0)
-    assert (training.draw_batch(tiny_data, config, 0, 20)[3] >= 0).all()
+    assert (training.draw_batch(tiny_data, config, 0, Diffusion(20))[3] >= 0).all()
 
 
 # --- exact resume ------------------------------------------------------------------------------------------------------
@@ -225,15 +234,16 @@ def test_a_second_signal_interrupts_at_once(tiny_data, tmp_path, monkeypatch):
 
 def test_resume_from_a_periodic_state(finished, tiny_data, tmp_path, monkeypatch):
     """Killed without notice: what is lost is only what came after the last state."""
-    train_step = Run.train_step
+    draw_batch, drawn = training.draw_batch, []
 
-    def killed(self, *args):
-        self.saved_at = -1e9 if self.step in (3, 4) else 1e9  # when the next save is due
-        if self.step == 9:
+    def killed(data, config, step, diffusion):
+        drawn.append(step)
+        if step == 9:
             raise SystemExit("killed")
-        return train_step(self, *args)
+        return draw_batch(data, config, step, diffusion)
 
-    monkeypatch.setattr(Run, "train_step", killed)
+    monkeypatch.setattr(training, "draw_batch", killed)
+    monkeypatch.setattr(training.RunFolder, "save_is_due", lambda self: drawn[-1] in (3, 4))
     with pytest.raises(SystemExit):
         train(tiny_config(), tiny_data, tmp_path)
     assert [int(p.name.split("_")[1]) for p in sorted(tmp_path.glob("state_*"))] == [4, 5]
@@ -287,16 +297,16 @@ def test_resume_with_other_settings_is_refused(finished, tiny_data, section, nam
 
 def test_minutes(tiny_data, tmp_path, monkeypatch, capsys):
     """20 steps of 2 s each are timed: 1 minute is 30 steps. An interrupted run has the same length."""
-    now, stop_at, train_step = [0.0], [], Run.train_step
+    now, stop_at, draw_batch = [0.0], [], training.draw_batch
 
-    def slow_step(self, *args):
+    def slow_step(data, config, step, diffusion):
         now[0] += 2.0
-        if self.step in stop_at:
+        if step in stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(self, *args)
+        return draw_batch(data, config, step, diffusion)
 
     monkeypatch.setattr(training, "time", type("Clock", (), {"monotonic": lambda: now[0]}))
-    monkeypatch.setattr(Run, "train_step", slow_step)
+    monkeypatch.setattr(training, "draw_batch", slow_step)
     train(tiny_config(steps=None), tiny_data, tmp_path / "whole", minutes=1)
     assert load_state(tmp_path / "whole")[0]["step"] == 30
     for step in (12, 25):  # before the length is known, and after
@@ -326,7 +336,7 @@ def test_compile_without_a_compiler(tiny_data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile)
     with pytest.raises(UserError, match="leave --compile out"):
-        train(tiny_config(), tiny_data, tmp_path / "run", compile=True)
+        train(tiny_config(), tiny_data, tmp_path / "run", compiled=True)
 
 
 def test_sigterm_to_a_real_process(idx_folder, tmp_path):
@@ -410,6 +420,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 torch.set_num_threads(1)
 from conftest import tiny_config, tiny_data
 import training
+from image_data import ImageData
 
 data = ImageData(**torch.load({data!r}))
 def config(): return tiny_config(optimizer="sgd", lr=0.05)
@@ -454,19 +465,19 @@ import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from conftest import tiny_config
-import training, utils
+import image_data, training, utils
 
 def train(step):
     data = image_data.ImageData(**torch.load({data!r}, weights_only=False))
     if os.environ["RANK"] == "1":
         if step is None:
             raise utils.UserError("it broke")
-        work = training.Run.train_step
-        def train_step(self, *args):
-            if self.step == step:
+        draw_batch = training.draw_batch
+        def draw_or_fail(data, config, k, diffusion):
+            if k == step:
                 raise utils.UserError("it broke")
-            return work(self, *args)
-        training.Run.train_step = train_step
+            return draw_batch(data, config, k, diffusion)
+        training.draw_batch = draw_or_fail
     training.train(tiny_config(), data, {out!r}, device="cpu", sample_every=0)
 
 utils.command_line(lambda: train({step}))
@@ -784,14 +795,14 @@ def test_nan_loss_stops_the_run(tiny_data, tmp_path):
 
 def test_nan_weights_are_not_saved(tiny_data, tmp_path, monkeypatch):
     """The last step's loss is still finite, its update is not."""
-    train_step = Run.train_step
+    plain_steps = training.steps
 
-    def diverge(self, *args):
-        loss = train_step(self, *args)
-        nn.init.constant_(next(self.model.parameters()), float("inf"))
-        return loss
+    def diverge(run):
+        for loss in plain_steps(run):
+            nn.init.constant_(next(run.model.parameters()), float("inf"))
+            yield loss
 
-    monkeypatch.setattr(Run, "train_step", diverge)
+    monkeypatch.setattr(training, "steps", diverge)
     with pytest.raises(UserError, match="not finite at step 1 .*last good state is step 0"):
         train(tiny_config(steps=1), tiny_data, tmp_path)
     assert load_state(tmp_path)[0]["step"] == 0 and not (tmp_path / "model.safetensors").exists()
@@ -809,7 +820,7 @@ def test_out_of_memory_says_which_batch_size_to_try(tiny_data, tmp_path, monkeyp
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(Run, "train_step", fail)
+    monkeypatch.setattr(training, "draw_batch", fail)
     with pytest.raises(UserError, match="out of memory: try --batch-size 4, .*--accumulate 2"):
         train(tiny_config(), tiny_data, tmp_path)
 
@@ -883,14 +894,14 @@ def test_files_of_others_in_the_run_folder_stay(tmp_path):
     for name in others:
         (tmp_path / name).write_text("mine")
     (tmp_path / ".config-0123abcd.json").write_text("half written")
-    left = sorted(p.name for half in training.HALF_WRITTEN for p in tmp_path.glob(half))
+    left = sorted(p.name for half in training.RunFolder.HALF_WRITTEN for p in tmp_path.glob(half))
     assert left == [".config-0123abcd.json"]
-    first = training.save_state(tmp_path, {"step": 1})
-    (second,) = training.save_state(tmp_path, {"step": 2}, first)[-1:]
-    training.save_state(tmp_path, {"step": 3}, [second])
+    first = save_state(tmp_path, {"step": 1})
+    (second,) = save_state(tmp_path, {"step": 2}, first)[-1:]
+    save_state(tmp_path, {"step": 3}, [second])
     assert sorted(p.name for p in tmp_path.glob("state_*")) == sorted(
-        [p.name for p in tmp_path.glob(training.STATES)] + ["state_1.pt", "state_dict.pt"]
+        [p.name for p in tmp_path.glob(STATES)] + ["state_1.pt", "state_dict.pt"]
     )
-    assert len(list(tmp_path.glob(training.STATES))) == 2 and all(
+    assert len(list(tmp_path.glob(STATES))) == 2 and all(
         (tmp_path / name).read_text() == "mine" for name in others
     )
