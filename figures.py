@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import io
 import json
+import os
 from pathlib import Path
 
 import matplotlib
@@ -24,6 +25,8 @@ FIGURES = ROOT / "report/figures"
 PICTURES = ROOT / "report/pictures"
 RESULTS = ROOT / "report/results"
 CHECKPOINTS = ROOT / "checkpoints"
+# Set by report/build.py: then results are written, and widgets are drawn as pictures.
+PUBLISHING = bool(os.environ.get("DDPM_PUBLISHING"))
 
 ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
 SCHEDULE_STYLE = {
@@ -92,7 +95,10 @@ def record(name, suffix, contents, sources):
 
 def save_result(name, result):
     """Write numbers for the report to report/results/NAME.json, at six digits, which no processor changes."""
-    write_json(RESULTS / f"{name}.json", six_digits(result))
+    if PUBLISHING:
+        write_json(RESULTS / f"{name}.json", six_digits(result))
+    else:
+        print(f"results/{name}.json stays as it is: `python report/build.py notebooks` writes it")
 
 
 def six_digits(value):
@@ -245,3 +251,39 @@ def watch(losses, draw, total, redraws=8):
         plt.close(fig)
         handle.update(fig)
     return seen
+
+
+def table(heads, rows):
+    """A Markdown table; numbers that are not whole have three digits."""
+    from IPython.display import Markdown
+
+    lines = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]))
+
+
+def slider(images_at, last, name, start=0.3):
+    """A slider over 0..last that shows images_at(value) (N x C x H x W) side by side; when published, a picture."""
+    import ipywidgets as widgets
+
+    def png(value):
+        buffer, images = io.BytesIO(), images_at(value)
+        scale = max(1, 900 // (len(images) * images.shape[-1]))
+        Image.fromarray(pixels(images, len(images), scale)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    first = round(start * last)
+    image = widgets.Image(value=png(first), format="png")
+    if PUBLISHING:
+        return still(image.value, f"{name} = {first}")
+    control = widgets.IntSlider(value=first, max=last, description=name, layout={"width": "900px"})
+    control.observe(lambda change: setattr(image, "value", png(change["new"])), "value")
+    return widgets.VBox([control, image])
+
+
+def still(png, caption):
+    """What stands for a widget in a notebook that nobody runs: a picture, and what it shows."""
+    from IPython.display import Image as Picture
+    from IPython.display import Markdown, display
+
+    display(Picture(png))
+    return Markdown(f"*{caption}. Run this cell for the controls.*")

@@ -128,5 +128,7 @@ def show():
     surprise.on_click(surprise_me)
     walk.observe(scrub, "value")
     redraw()
+    if figures.PUBLISHING:
+        return figures.still(image.value, f"{', '.join(ROWS)}")
     rows = [data, label, (scale, interval), (sampler, steps), (ema, seed, surprise), status, image, walk]
     return widgets.VBox([widgets.HBox(row) if isinstance(row, tuple) else row for row in rows])
