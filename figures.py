@@ -219,7 +219,7 @@ def frontier(sweeps):
     Points are guidance scales. Two kinds of weights can be compared at equal label agreement: above one another.
     """
     titles = {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
-    fig, axes = subplots(len(sweeps), 2, height=2.3 * len(sweeps), squeeze=False)
+    fig, axes = subplots(len(sweeps), 2, height=1.95 * len(sweeps), squeeze=False)
     measures = {"Fréchet distance": "frechet_distance", "recall": "recall"}
     for line, (name, rows) in zip(axes, sweeps.items(), strict=True):
         for axis, (label, measure) in zip(line, measures.items(), strict=True):
@@ -231,7 +231,12 @@ def frontier(sweeps):
                     if r["cfg_scale"] in (1, 2, 3):
                         offset = (-6, 5) if weights == "raw" else (-6, -10)
                         axis.annotate(
-                            f"{r['cfg_scale']:g}", point, textcoords="offset points", xytext=offset, ha="center", fontsize=7.5
+                            f"{r['cfg_scale']:g}",
+                            point,
+                            textcoords="offset points",
+                            xytext=offset,
+                            ha="center",
+                            fontsize=7.5,
                         )
             axis.margins(0.06, 0.14)
             axis.set(xlabel="label agreement, %", ylabel=label, title=titles.get(name, name))

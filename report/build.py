@@ -144,30 +144,29 @@ def available():
 
 
 def missing_figures():
-    """The figures that notebooks draw whatever is installed, but that are not there."""
-    drawn = {path.stem for path in FIGURES.glob("*.json")}
-    return sorted(set(re.findall(r'#?picture\("(\w+)"', report_text())) - drawn)
-
-
-def report_text():
-    return "".join(path.read_text() for path in sorted(REPORT.glob("*.typ")))
+    """The names of the figures that the report shows and no notebook has drawn yet."""
+    text = "".join(path.read_text() for path in REPORT.glob("*.typ"))
+    return sorted(set(re.findall(r'picture\("(\w+)"', text)) - {path.stem for path in FIGURES.glob("*.json")})
 
 
 # --- the PDF ------------------------------------------------------------------------------------------------------------
 
 
 def typst_options(lastname):
-    """What the compiler is given; the root is the repository, because the report quotes the code."""
+    """What the compiler is given."""
     inputs = {"lastname": lastname, "available": json.dumps(available())}
     return {"root": REPORT.parent, "ignore_system_fonts": True, "sys_inputs": inputs}
 
 
-def build_pdf(lastname, out=None):
-    """Typeset the report; returns the PDF's path. Raises UserError."""
+def build_pdf(lastname, out=None, allow_missing=True):
+    """Typeset the report, which quotes the code (so the root is the repository's); returns the PDF's path. Raises UserError."""
     import typst
 
     if not re.fullmatch(r"[^\W_][\w' -]*", lastname):
         raise UserError(f"LASTNAME={lastname!r} cannot be part of a file name: use letters")
+    if not allow_missing and (missing := missing_figures()):
+        todo = "run `python report/build.py notebooks`, or go on without them by --allow-missing"
+        raise UserError(f"{len(missing)} figures are not drawn yet ({', '.join(missing)}): {todo}")
     out = out or REPORT / f"{lastname}_DDPM.pdf"
     try:
         pdf = typst.compile(REPORT / "report.typ", timestamp=TIMESTAMP, **typst_options(lastname))
@@ -180,12 +179,7 @@ def build_pdf(lastname, out=None):
 
 
 def run_pdf(args):
-    if (missing := missing_figures()) and not args.allow_missing:
-        raise UserError(
-            f"{len(missing)} figures are not drawn yet ({', '.join(missing)}): "
-            "run `python report/build.py notebooks`, or add --allow-missing"
-        )
-    path = build_pdf(args.lastname)
+    path = build_pdf(args.lastname, allow_missing=args.allow_missing)
     print(f"wrote {path.relative_to(ROOT)}")
     if args.publish:
         shutil.copyfile(path, REPORT / "published" / path.name)
