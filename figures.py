@@ -217,6 +217,45 @@ def plot_schedules(axes, curve, timesteps=1000, schedules=SCHEDULES, **labels):
     axes.set(**{"xlabel": "timestep $t$"} | labels)
 
 
+def frontier(sweeps):
+    """{data set: rows of its sweep} -> what guidance buys and costs, a curve each for raw and averaged weights.
+
+    Points are guidance scales. Two kinds of weights can be compared at equal label agreement: above one another.
+    """
+    titles = {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
+    fig, axes = subplots(len(sweeps), 2, height=1.95 * len(sweeps), squeeze=False)
+    measures = {"Fréchet distance": "frechet_distance", "recall": "recall"}
+    for line, (name, rows) in zip(axes, sweeps.items(), strict=True):
+        for axis, (label, measure) in zip(line, measures.items(), strict=True):
+            for weights, style in WEIGHTS_STYLE.items():
+                curve = sorted(
+                    (r for r in rows if r["weights"] == weights and not r.get("cfg_interval")),
+                    key=lambda r: r["cfg_scale"],
+                )
+                points = [(100 * r["quality"]["labels"]["agreement"], r["quality"][measure]) for r in curve]
+                axis.plot(*zip(*points, strict=True), label=weights, **style)
+                for r, point in zip(curve, points, strict=True):
+                    if r["cfg_scale"] in (1, 2, 3):
+                        offset = (-6, 5) if weights == "raw" else (-6, -10)
+                        axis.annotate(
+                            f"{r['cfg_scale']:g}",
+                            point,
+                            textcoords="offset points",
+                            xytext=offset,
+                            ha="center",
+                            fontsize=7.5,
+                        )
+            axis.margins(0.06, 0.14)
+            axis.set(xlabel="label agreement, %", ylabel=label, title=titles.get(name, name))
+        ticks = [0.05, 0.1, 0.2, 0.5, 1, 2]
+        line[0].set(yscale="log", yticks=ticks, yticklabels=map(str, ticks))
+        line[0].minorticks_off()
+        distances = [r["quality"]["frechet_distance"] for r in rows]
+        line[0].set_ylim(0.75 * min(distances), 1.3 * max(distances))
+        line[1].legend(loc="lower left")
+    return fig
+
+
 # --- for the notebooks ---
 
 
