@@ -23,11 +23,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import move_fashion_mnist
+from conftest import Malicious, class_folder, move_fashion_mnist, mutations, write_cifar_batches
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_utils import Malicious, class_folder, mutations, write_cifar_batches
 
 import download_datasets
 import image_data
