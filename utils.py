@@ -1,6 +1,6 @@
-"""Data, image grids, GIFs, sample files, devices, seeds, error messages: what all scripts need and no other file owns.
+"""What all scripts need and no other file owns: errors, files, arguments, devices, seeds, grids, GIFs, sample files.
 
-Images rest in memory as uint8, N x C x H x W; a model sees float batches in [-1, 1], made by `augment`.
+Images rest in memory as uint8, N x C x H x W; a model sees float batches in [-1, 1].
 """
 
 import argparse
@@ -19,13 +19,16 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PALETTE_PIXELS = 32768
 
 
 # --- errors and files ---------------------------------------------------------------------------------------------
@@ -62,7 +65,7 @@ def command_line(main: Callable[[], int | None]) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """PyTorch reports a full GPU as torch.OutOfMemoryError; full main memory and Apple's GPUs as a plain RuntimeError."""
+    """For a full GPU PyTorch raises torch.OutOfMemoryError; for full main memory and Apple's GPUs only RuntimeError."""
     reasons = ("can't allocate memory", "out of memory", "bad_alloc")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(reason in str(error) for reason in reasons)
 
@@ -89,7 +92,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if not path.name:
         raise UserError(f"cannot write {path}: it is a folder")
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    # cut, because a name may be as long as the file system permits
+    temporary = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}{path.suffix}")
     try:
         if path.exists() and not path.is_file():  # a rename would replace /dev/null
             raise UserError(f"cannot write {path}: it exists and is not a file")
@@ -97,15 +101,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        os.chmod(temporary, mode)  # some libraries replace the file by one that only its owner may read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if temporary.stat().st_mode != mode:  # some libraries replace the file by one that only its owner may read
+            os.chmod(temporary, mode)
+        flush(temporary, os.O_RDWR)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself survives a power cut
-        finally:
-            os.close(folder)
+        flush(path.parent, os.O_RDONLY)  # so that the rename, too, survives a power cut
     except OSError as error:
         # an error that names another file is about that file; a failed write names none
         if error.filename is not None and Path(error.filename) not in (temporary, path, *path.parents):
@@ -115,6 +115,21 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path, flags: int) -> None:
+    """Have a file or folder, opened with these flags, written to the disk; some systems cannot, and go on without."""
+    try:
+        descriptor = os.open(path, flags)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES):
+            raise
+        if os.name != "nt":  # Windows never opens folders, and its file system logs renames by itself
+            say("this file system cannot be told to write at once: a power cut may cost the newest files")
 
 
 def write_json(path: str | Path, value) -> None:
@@ -154,10 +169,9 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
     def parse(text: str):
         value = kind(text)
         if (kind is float and not math.isfinite(value)) or not low <= value <= high or (above and value == low):
-            bound = f"more than {low}" if above else f"at least {low}"
-            raise argparse.ArgumentTypeError(
-                f"{text} is not {bound}" + (f" and at most {high}" if high < math.inf else "")
-            )
+            bounds = f"more than {low}" if above else f"at least {low}"
+            bounds += f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
 
     parse.__name__ = kind.__name__  # argparse calls it "invalid int value"
@@ -248,15 +262,11 @@ def image_grid(images, columns: int, padding: int = 2, scale: int = 1) -> np.nda
         raise UserError(f"a grid needs uint8 images N x C x H x W with C = 1 or 3, not {images.dtype} {images.shape}")
     if columns < 1 or scale < 1 or padding < 0:
         raise UserError(f"a grid cannot have {columns} columns, scale {scale} and padding {padding}")
-    columns = min(columns, len(images))
-    images = images.repeat(scale, 2).repeat(scale, 3)
-    height, width = images.shape[2] + padding, images.shape[3] + padding
-    rows = math.ceil(len(images) / columns)
-    grid = np.full((rows * height + padding, columns * width + padding, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * height + padding, i % columns * width + padding
-        grid[top : top + height - padding, left : left + width - padding] = image.transpose(1, 2, 0)
-    return grid
+    enlarged = torch.as_tensor(images).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = make_grid(enlarged, nrow=columns, padding=padding, pad_value=255)
+    if len(images) == 1:  # to which torchvision gives no border
+        grid = torch.nn.functional.pad(grid, 4 * (padding,), value=255)
+    return grid.permute(1, 2, 0).contiguous().numpy()
 
 
 def save_grid(images, path: str | Path, columns: int, scale: int = 1) -> None:
@@ -268,8 +278,11 @@ def save_grid(images, path: str | Path, columns: int, scale: int = 1) -> None:
         grid.save(temporary)
 
 
-def save_gif(frames: list[np.ndarray], path: str | Path, fps: float = 20) -> None:
-    """Write frames (uint8, H x W x 3, all of one size) as a GIF that repeats for ever. GIF counts in 1/100 s."""
+def save_gif(frames: list[np.ndarray], path: str | Path, fps: float = 20, hold: float = 0) -> None:
+    """Write frames (uint8, H x W x 3, all of one size) as a GIF that repeats for ever; GIF counts in 1/100 s.
+
+    256 greys are exact, and colours are reduced to a palette for each frame. The last frame stays `hold` s longer.
+    """
     frames = [np.asarray(frame) for frame in frames]
     if not frames:
         raise UserError(f"cannot write {path}: a GIF needs at least one frame")
@@ -277,11 +290,27 @@ def save_gif(frames: list[np.ndarray], path: str | Path, fps: float = 20) -> Non
         raise UserError(f"a GIF shows more than 0 and at most 50 frames a second, not {fps}")
     if any(f.dtype != np.uint8 or f.shape != frames[0].shape or f.ndim != 3 or f.shape[2] != 3 for f in frames):
         raise UserError(f"cannot write {path}: frames must be uint8 H x W x 3 and all of one size")
-    if all((f == f[:, :, :1]).all() for f in frames):
-        frames = [f[:, :, 0] for f in frames]  # 256 greys are exact; colours are reduced to a palette
-    first, *others = [Image.fromarray(f) for f in frames]
+    grey = all((frame == frame[:, :, :1]).all() for frame in frames)
+    frames = [frame[:, :, 0] if grey else reduce_colours(frame) for frame in frames]
+    durations = [round(1000 / fps)] * len(frames)
+    durations[-1] += round(1000 * hold)
+    contents = imageio.imwrite("<bytes>", frames, extension=".gif", plugin="pillow", duration=durations, loop=0)
     with atomic_path(path) as temporary:
-        first.save(temporary, format="GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+        temporary.write_bytes(contents)
+
+
+def reduce_colours(frame: np.ndarray) -> np.ndarray:
+    """The picture (uint8, H x W x 3) in the 256 colours that fit it best: itself where it has no more.
+
+    Pillow's default, the median cut, mixes rare saturated colours into common dull ones. Here the palette starts from
+    colours that cover the whole range and is then improved by k-means, which on all pixels of noise would be slow.
+    """
+    picture, pixels = Image.fromarray(frame), frame.reshape(1, -1, 3)
+    if picture.getcolors(256):
+        return frame
+    sample = Image.fromarray(np.ascontiguousarray(pixels[:, :: math.ceil(pixels.shape[1] / PALETTE_PIXELS)]))
+    palette = sample.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=400)
+    return np.asarray(picture.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB"))
 
 
 def save_samples(path: str | Path, images, labels=None, source: dict | None = None) -> None:
