@@ -390,7 +390,7 @@ def frames_shown(count, longest=60):
 def save_denoising_gif(frames, path, columns, scale=2, longest=60):
     """A GIF of the denoising: at most `longest` of the x_t, evenly spaced, the sample held for a second at the end."""
     pictures = [image_grid(frames[i], columns, scale=scale) for i in frames_shown(len(frames), longest)]
-    save_gif(pictures + 20 * pictures[-1:], path, fps=20)
+    save_gif(pictures, path, fps=20, hold=1)
 
 
 # --- publish ---------------------------------------------------------------------------------------------------------
