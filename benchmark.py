@@ -68,8 +68,8 @@ def load_model(checkpoint, n):
 
 def plain_batches(data, batch_size, shuffle=True):
     """Batches (x0, labels); every image becomes PIL's first, as in torchvision's own data sets."""
-    to_pil, to_size = transforms.ToPILImage(), transforms.Resize(data.image_size)
-    transform = transforms.Compose([to_pil, to_size, transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+    by_pil = [transforms.ToPILImage(), transforms.Resize(data.image_size), transforms.ToTensor()]
+    transform = transforms.Compose([*by_pil, transforms.Normalize((0.5,), (0.5,))])
 
     def collate(indices):
         return torch.stack([transform(data.images[i]) for i in indices]), data.labels[indices]
@@ -179,8 +179,8 @@ def measure(make, settings):
     """Seconds for one item of the generator make(*settings), and the gigabytes that it took beside the libraries."""
     libraries, work = peak_memory(), make(*settings)
     seconds_each(work, 1)  # warms up
-    count = max(1, round(AT_LEAST / seconds_each(work, 1)))
-    return seconds_each(work, count), max(1, peak_memory() - libraries) / 1e9
+    seconds = seconds_each(work, max(1, round(AT_LEAST / seconds_each(work, 1))))
+    return seconds, max(1, peak_memory() - libraries) / 1e9
 
 
 def measure_alone(make, settings):
@@ -199,12 +199,11 @@ def measure_alone(make, settings):
 
 def machine():
     """What times depend on, in a line."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        cpu = next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), cpu)
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next(iter(re.findall(r"model name\s*: (.*)", about)), platform.processor() or platform.machine())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    precision = utils.pick_precision(pick_device())
-    return f"{cpu}, {torch.get_num_threads()} cores, {device}, {precision}, torch {torch.__version__}"
+    units = f"{device}, {utils.pick_precision(pick_device())}"
+    return f"{cpu}, {torch.get_num_threads()} cores, {units}, torch {torch.__version__}"
 
 
 def row(name, what, unit, plain, ours):
@@ -228,8 +227,7 @@ def distance(model, diffusion, **options):
     """Frechet distance of the model's samples from the test images of Fashion-MNIST."""
     with utils.autocast(pick_device()):
         images = diffusion.sample(model, SAMPLES, IMAGE, progress=utils.progress, **options)
-    images = utils.to_uint8(images).permute(0, 2, 3, 1).numpy()  # TO DO: evaluate will take them as they are
-    return evaluate.evaluate_samples(images, data_name="fashion_mnist")["frechet_distance"]
+    return evaluate.evaluate_samples(utils.to_uint8(images), data_name="fashion_mnist")["frechet_distance"]
 
 
 def minutes_to_equal_quality(name, every=200):
