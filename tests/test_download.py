@@ -24,9 +24,7 @@ import pytest
 import requests
 import torch
 import torchvision
-from conftest import Malicious, class_folder, move_fashion_mnist, mutations, write_cifar_batches
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import Malicious, class_folder, move_fashion_mnist, write_cifar_batches
 from PIL import Image
 
 import download_datasets
