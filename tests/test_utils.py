@@ -135,7 +135,7 @@ for script in sys.argv[1:]:
         runpy.run_path(script, run_name="__main__")
 """
     scripts = [str(path) for path in sorted(utils.ROOT.glob("*.py"))]
-    done = subprocess.run([sys.executable, "-c", program, *scripts], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, *scripts], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
