@@ -218,7 +218,7 @@ def test_sample(script, suffix, plain, classes, tmp_path, capsys):
     assert [p.name for p in out.parent.iterdir()] == [out.name]
     if suffix == "npz":
         images, labels = load_samples(out)
-        assert images.shape == (5, 8, 8, 1)
+        assert images.shape == (5, 1, 8, 8)
         assert (labels is None) == (checkpoint == plain)
     else:
         with Image.open(out) as picture:
@@ -342,10 +342,7 @@ def test_init(runs, idx_folder, tmp_path, refused):
     run(ddpm.main, "publish", "--run", runs / "plain", "--weights", "raw", "ema", "--out", published)
     flags = ["train", "--data", idx_folder, *TINY, "--init", published]
     run(ddpm.main, *flags, "--epochs", 0.01, "--lr", 1e-12, "--ema-start", 0, "--out", tmp_path / "run")
-    before, (after, config) = (
-        read_checkpoint(published)[0],
-        read_checkpoint(tmp_path / "run/model.safetensors"),
-    )
+    before, (after, config) = (read_checkpoint(published)[0], read_checkpoint(tmp_path / "run/model.safetensors"))
     seen = images_seen(read_checkpoint(published)[1]["train"])
     assert config["train"]["init"] == {"checkpoint": published.name, "sha256": utils.sha256(published), "images": seen}
     assert images_seen(config["train"]) == config["train"]["steps"] * config["train"]["batch_size"] + seen > seen
@@ -416,8 +413,8 @@ def test_sweep_goes_on_where_it_stopped(classes, tmp_path, monkeypatch):
     """One row for each kind of weights and scale, the same labels and noise for all; what is there is not measured again."""
     measured = []
 
-    def evaluate_samples(images, labels, data_name, need_labels):
-        assert need_labels and labels.tolist() == [i % 10 for i in range(20)]
+    def evaluate_samples(images, labels, data_name):
+        assert labels.tolist() == [i % 10 for i in range(20)]
         measured.append(images)
         return {"frechet_distance": float(len(measured)), "labels": {"agreement": 0.5}}
 
@@ -436,7 +433,7 @@ def test_sweep_goes_on_where_it_stopped(classes, tmp_path, monkeypatch):
     assert result["sha256"] == utils.sha256(classes) and result["config"] == read_checkpoint(classes)[1]
     assert result["sampler"] == {"sampler": "dpm", "steps": 3, "eta": 1.0}
     assert "--weights ema raw --scales 1 3 --n 20 --sampler dpm --steps 3 --seed 0 --out" in result["command"]
-    assert measured[0].shape == (20, 8, 8, 1)
+    assert measured[0].shape == (20, 1, 8, 8)
     assert not any(np.array_equal(a, b) for a, b in itertools.combinations(measured, 2))
 
 
@@ -784,7 +781,7 @@ def test_samples_are_written_as_they_come(tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (7, 8, 8, 3), dtype=np.uint8)
     utils.stream_samples(tmp_path / "x.npz", (images[i : i + 3] for i in (0, 3, 6)), images.shape, np.arange(7))
     loaded, labels = load_samples(tmp_path / "x.npz")
-    assert np.array_equal(loaded, images) and labels.tolist() == list(range(7))
+    assert np.array_equal(loaded.permute(0, 2, 3, 1), images) and labels.tolist() == list(range(7))
 
     def interrupted():
         yield images[:3]
