@@ -55,6 +55,7 @@ class DataSet:
     torchvision: str = ""  # its class in torchvision.datasets
     kaggle: str = ""
     sample: str = ""  # a folder with a small part of it, which ships and stands in
+    flat: bool = False  # may come without class folders
     crop: bool = False  # random crops, where the images are large enough
     flip: bool = True  # random horizontal flips
     recipe: dict = field(default_factory=dict)  # where its feature classifier departs from features.DEFAULT_RECIPE
@@ -108,6 +109,7 @@ DATASETS = {
         folders=("landscape_img_folder",),
         image_size=64,
         kaggle="arnaud58/landscape-pictures",
+        flat=True,
         crop=True,
     ),
 }

@@ -169,10 +169,9 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
     def parse(text: str):
         value = kind(text)
         if (kind is float and not math.isfinite(value)) or not low <= value <= high or (above and value == low):
-            bound = f"more than {low}" if above else f"at least {low}"
-            raise argparse.ArgumentTypeError(
-                f"{text} is not {bound}" + (f" and at most {high}" if high < math.inf else "")
-            )
+            bounds = f"more than {low}" if above else f"at least {low}"
+            bounds += f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
 
     parse.__name__ = kind.__name__  # argparse calls it "invalid int value"

@@ -154,11 +154,7 @@ def build_pdf(lastname, out=None):
     inputs = {"lastname": lastname, "available": json.dumps(available())}
     try:
         pdf = typst.compile(
-            REPORT / "report.typ",
-            root=REPORT,
-            ignore_system_fonts=True,
-            sys_inputs=inputs,
-            timestamp=TIMESTAMP,
+            REPORT / "report.typ", root=REPORT, ignore_system_fonts=True, sys_inputs=inputs, timestamp=TIMESTAMP
         )
     except typst.TypstError as error:
         raise UserError(f"report.typ does not compile: {error}") from error

@@ -342,10 +342,7 @@ def test_init(runs, idx_folder, tmp_path, refused):
     run(ddpm.main, "publish", "--run", runs / "plain", "--weights", "raw", "ema", "--out", published)
     flags = ["train", "--data", idx_folder, *TINY, "--init", published]
     run(ddpm.main, *flags, "--epochs", 0.01, "--lr", 1e-12, "--ema-start", 0, "--out", tmp_path / "run")
-    before, (after, config) = (
-        read_checkpoint(published)[0],
-        read_checkpoint(tmp_path / "run/model.safetensors"),
-    )
+    before, (after, config) = (read_checkpoint(published)[0], read_checkpoint(tmp_path / "run/model.safetensors"))
     seen = images_seen(read_checkpoint(published)[1]["train"])
     assert config["train"]["init"] == {"checkpoint": published.name, "sha256": utils.sha256(published), "images": seen}
     assert images_seen(config["train"]) == config["train"]["steps"] * config["train"]["batch_size"] + seen > seen

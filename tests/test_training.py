@@ -902,6 +902,4 @@ def test_files_of_others_in_the_run_folder_stay(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("state_*")) == sorted(
         [p.name for p in tmp_path.glob(STATES)] + ["state_1.pt", "state_dict.pt"]
     )
-    assert len(list(tmp_path.glob(STATES))) == 2 and all(
-        (tmp_path / name).read_text() == "mine" for name in others
-    )
+    assert len(list(tmp_path.glob(STATES))) == 2 and all((tmp_path / name).read_text() == "mine" for name in others)

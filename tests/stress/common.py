@@ -1,4 +1,4 @@
-"""What the stress commands share: the project on the path, a tiny run to break, the checks after a fault, the record."""
+"""What the stress commands share: the project on the path, a tiny run to break, checks after a fault, the record."""
 
 import hashlib
 import json

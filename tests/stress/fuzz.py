@@ -212,6 +212,7 @@ TRAIN_TABLE = {
     "--channels": ("1 3 0 2 -1 x", texts),
     "--schedule": (" ".join(ddpm.SCHEDULES), texts),
     "--timesteps": numbers,
+    "--timestep-sampling": (" ".join(training.TIMESTEP_SAMPLING), texts),
     "--loss": (" ".join(ddpm.LOSSES), texts),
     "--objective": (" ".join(ddpm.OBJECTIVES), texts),
     "--epochs": "0.01 0.1 0.3 1e-9 0 -1 nan inf 1e30",
@@ -273,6 +274,7 @@ sweep_flags = flags(
     {
         "--checkpoint": CHECKPOINTS,
         "--scales": numbers,
+        "--intervals": several("none 0-5 5-0 200-700 - 1-x"),
         "--n": "0 100 -1 x",
         "--steps": f"0 20 {10**30}",
         "--sampler": (" ".join(ddpm.SAMPLERS), texts),
