@@ -539,7 +539,8 @@ def sweep_command(args, rows: list[dict]) -> str:
     weights, scales = (dict.fromkeys(row[key] for row in rows) for key in ("weights", "cfg_scale"))
     intervals = dict.fromkeys("-".join(map(str, row.get("cfg_interval") or ["none"])) for row in rows)
     flags = {"checkpoint": args.checkpoint, "data": args.data, "weights": " ".join(weights)}
-    flags |= {"scales": " ".join(f"{scale:g}" for scale in sorted(scales)), "intervals": " ".join(intervals)}
+    flags["scales"] = " ".join(f"{scale:g}" for scale in sorted(scales))
+    flags["intervals"] = " ".join(intervals) if set(intervals) != {"none"} else None
     flags |= {name: getattr(args, name) for name in ("n", "sampler", "steps", "seed", "out")}
     given = (f"--{name} {value}" for name, value in flags.items() if value is not None)
     return " ".join(["python ddpm_conditional.py sweep", *given])
@@ -559,13 +560,13 @@ def run_sweep(args) -> None:
     data_name = args.data or config["data"].get("name")
     if data_name is None:
         raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")
-    shape, net = image_shape(model, config), features.load_features(data_name)
-    features.check_shape(net, torch.empty(0, *shape))
-    check_count(args.n, net.head.in_features)
     source = {"checkpoint": args.checkpoint.name, "sha256": sha256(find_checkpoint(args.checkpoint))}
     sampler = {"sampler": args.sampler, "steps": args.steps, "eta": noise_level(args.sampler)}
     settings = source | {"sampler": sampler, "n": args.n, "seed": args.seed, "data": args.data}
     rows = earlier_rows(args.out, settings)
+    shape, net = image_shape(model, config), features.load_features(data_name)
+    features.check_shape(net, torch.empty(0, *shape))
+    check_count(args.n, net.head.in_features)
     parameters = sum(p.numel() for p in model.parameters())
     config = {name: value for name, value in config.items() if name != "weights"}  # the run's, the same for all
     labels = torch.arange(args.n) % model.num_classes

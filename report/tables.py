@@ -132,7 +132,8 @@ def reliability_lines():
     survived = train["survived_and_resumed_to_the_same_bits"] + other["survived_with_nothing_half_written"]
     return f"""\
 - `{kill["command"]}`: training was killed {sum(kill["kills"].values())} times, \
-{kill["kills"]["inside a save"]} of them in the middle of a save. {kill["runs_identical_to_the_unkilled"]} of {kill["runs_finished"]} finished runs ended with \
+{kill["kills"]["inside a save"]} of them in the middle of a save. \
+{kill["runs_identical_to_the_unkilled"]} of {kill["runs_finished"]} finished runs ended with \
 exactly the weights of the run that nobody killed; {kill["unreadable_states_or_checkpoints"]} files could not be read, \
 and {kill["saved_steps_lost"]} saved steps were lost.
 - `{disk["command"]}`: the disk was full at {train["faults"] + other["faults"]} different moments; {survived} times \

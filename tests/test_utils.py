@@ -268,7 +268,7 @@ def test_samples(tmp_path):
     images, labels = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8), torch.arange(5)
     save_samples(tmp_path / "x.npz", images, labels)
     loaded, loaded_labels = load_samples(tmp_path / "x.npz")
-    assert np.array_equal(loaded, images.permute(0, 2, 3, 1)) and loaded_labels.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(loaded, images) and loaded_labels.tolist() == [0, 1, 2, 3, 4]
     save_samples(tmp_path / "y.npz", loaded)
     assert load_samples(tmp_path / "y.npz")[1] is None
     with np.load(tmp_path / "x.npz") as archive:
@@ -285,7 +285,7 @@ def test_samples(tmp_path):
         ({"images": np.zeros((2, 4, 4, 1))}, "uint8"),
         ({"images": np.zeros((2, 4, 4), np.uint8)}, "N x H x W x C"),
         ({"images": np.zeros((0, 4, 4, 1), np.uint8)}, "N x H x W x C"),
-        ({"images": np.zeros((2, 1, 4, 4), np.uint8)}, "N x H x W x C"),
+        ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, "N x H x W x C"),
         ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(3, int)}, "labels"),
         ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(2)}, "labels"),
         ({"images": np.array([Malicious("pwned")])}, "not a readable"),
@@ -303,9 +303,10 @@ def test_missing_sample_files(tmp_path):
     with pytest.raises(UserError, match="no sample file"):
         load_samples(tmp_path / "x.npz")
     np.save(tmp_path / "x.npy", np.zeros(3))
-    for path in (tmp_path, tmp_path / "x.npy"):
-        with pytest.raises(UserError, match="not a readable"):
-            load_samples(path)
+    with pytest.raises(UserError, match="it has no pictures"):
+        load_samples(tmp_path)
+    with pytest.raises(UserError, match="N x H x W x C"):
+        load_samples(tmp_path / "x.npy")
 
 
 def _npz():
@@ -319,6 +320,6 @@ def test_fuzzed_sample_files_load_or_are_refused(fuzz_folder, content):
     (fuzz_folder / "x.npz").write_bytes(content)
     try:
         images, _ = load_samples(fuzz_folder / "x.npz")
-        assert images.dtype == np.uint8 and images.ndim == 4
+        assert images.dtype == torch.uint8 and images.ndim == 4
     except UserError as error:
         assert "x.npz" in str(error)
