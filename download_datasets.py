@@ -313,6 +313,10 @@ def staging(target: Path) -> Iterator[Path]:
         yield folder
     except UserError as error:
         raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"no space left on the disk for {target}: nothing was kept") from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
