@@ -1,11 +1,11 @@
 """The one training loop, its exact resume, and what it does in several processes.
 
-`steps` is the loop: a generator that makes a step each time it is asked for one. `train` asks for all of them, and keeps the
-run in a folder meanwhile.
+`steps` is the loop: a generator that makes a step each time it is asked for one. `train` asks for all of them, and
+keeps the run in a folder meanwhile.
 
-Every random draw of step k (which images, flips, timesteps, noise, dropped labels) comes from (seed, k) and is made for the
-global batch. So on a CPU a run that was killed and resumed ends with the same bits as one that was not, and several
-processes each take their slice of the same batch.
+Every random draw of step k (which images, flips, timesteps, noise, dropped labels) comes from (seed, k) and is made for
+the global batch. So on a CPU a run that was killed and resumed ends with the same bits as one that was not, and
+several processes each take their slice of the same batch.
 
 A run folder holds:
     state_STEP_HASH.pt   everything needed to go on: the newest two
@@ -66,8 +66,8 @@ from weights import (
 )
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-# How the timesteps of a batch of n are drawn. "vlb" draws t in proportion to its weight in the variational bound: without
-# weights in the loss, the gradient is the bound's on average, up to a factor.
+# How the timesteps of a batch of n are drawn. "vlb" draws t in proportion to its weight in the variational bound:
+# without weights in the loss, the gradient is the bound's on average, up to a factor.
 TIMESTEP_SAMPLING = {
     "uniform": lambda diffusion, n, g: torch.randint(diffusion.timesteps, (n,), generator=g),
     "vlb": lambda diffusion, n, g: torch.multinomial(diffusion.vlb_weights.cpu(), n, replacement=True, generator=g),
@@ -99,8 +99,8 @@ TIMED_STEPS = 20  # with --minutes: how many steps are timed before the run's le
 class Run:
     """A model in training, in memory: `steps` trains it.
 
-    config: {"model": ..., "diffusion": ..., "data": {"image_size": ...}, "train": DEFAULTS or other values}; it is completed
-    in place. rank, world: this process's number of how many. accumulate: how many parts a batch is taken in.
+    config: {"model": ..., "diffusion": ..., "data": {"image_size": ...}, "train": DEFAULTS or other values}; it is
+    completed in place. rank, world: this process's number of how many. accumulate: into how many parts a batch is cut.
     losses: those of the steps made, which whoever iterates over `steps` may append.
     """
 
@@ -163,7 +163,7 @@ class Run:
 def steps(run):
     """The training loop (Ho et al. 2020, algorithm 1): each step yields its loss, a scalar, still on the device.
 
-    It ends when the run has made config["train"]["steps"], None: never. Whoever iterates shows, checks, saves and stops.
+    It ends after config["train"]["steps"] steps (None: never). Whoever iterates shows, checks, saves and stops.
     """
     settings = run.config["train"]
     network = torch.compile(run.model) if run.compiled else run.model
@@ -249,19 +249,8 @@ def keep_freed_memory():
 # --- a run in its folder ---------------------------------------------------------------------------------------------
 
 
-def train(
-    config,
-    data,
-    out,
-    resume=False,
-    device="auto",
-    minutes=None,
-    sample_every=0,
-    compiled=False,
-    accumulate=1,
-    init=None,
-):
-    """Train as `config` says (see `Run`) and return the path of the finished model.safetensors.
+def train(config, data, out, resume=False, device="auto", minutes=None, sample_every=0, init=None, **options):
+    """Train as `config` says and return the path of the finished model.safetensors; config and options as for `Run`.
 
     minutes: how long, where config["train"]["steps"] is None. init: a checkpoint whose weights a new run starts from.
     Raises UserError for bad input, KeyboardInterrupt once everything is saved after Ctrl-C or a termination request.
@@ -270,12 +259,11 @@ def train(
     if not out.name:
         raise UserError(f"a run needs a folder of its own, such as --out runs/NAME, not {str(out)!r}")
     settings = config["train"] = DEFAULTS | config["train"]
+    batch_size, accumulate = settings["batch_size"], options.get("accumulate", 1)
     with process_group(device) as (rank, world), contextlib.ExitStack() as stack:
-        if settings["batch_size"] % (world * accumulate):
-            raise UserError(
-                f"--batch-size {settings['batch_size']} must be a multiple of processes x --accumulate = "
-                f"{world * accumulate}"
-            )
+        if batch_size % (world * accumulate):
+            parts = f"processes x --accumulate = {world * accumulate}"
+            raise UserError(f"--batch-size {batch_size} must be a multiple of {parts}")
         held = None
         if rank == 0:
             try:
@@ -289,7 +277,7 @@ def train(
         try:
             folder = RunFolder(out, rank, world)
             state = folder.open(config, resume)
-            run = Run(config, data, device, rank, world, accumulate, compiled)
+            run = Run(config, data, device, rank, world, **options)
             if state is not None:
                 run.restore(state)
             else:
@@ -300,15 +288,14 @@ def train(
         except (MemoryError, RuntimeError) as error:
             if world > 1 and "closed by peer" in str(error):
                 raise UserError("another process has failed: see its message") from error
-            if compiled and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise UserError(
-                    "torch.compile does not work here (has this machine a C++ compiler?): leave --compile out"
-                ) from error
+            if options.get("compiled") and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                reason = "torch.compile does not work here (has this machine a C++ compiler?)"
+                raise UserError(f"{reason}: leave --compile out") from error
             if not is_out_of_memory(error):
                 raise
+            smaller = f"--batch-size {max(1, batch_size // 2)}"
             raise UserError(
-                f"out of memory: try --batch-size {max(1, settings['batch_size'] // 2)}, or the same "
-                f"batch in smaller parts with --accumulate {2 * accumulate}"
+                f"out of memory: try {smaller}, or the same batch in smaller parts with --accumulate {2 * accumulate}"
             ) from error
     return out / "model.safetensors"
 
@@ -357,7 +344,7 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
 
 
 def fix_or_tell_length(run, step_seconds, minutes):
-    """From the time that a step takes: how many steps --minutes are, for good, or how long a run of known length takes."""
+    """From a step's time: how many steps --minutes are, for good, or how long a run of known length takes."""
     settings = run.config["train"]
     if settings["steps"] is not None:
         left = (settings["steps"] - run.step) * step_seconds / 60
@@ -398,7 +385,7 @@ def take_over(settings, started):
 
 
 def check_settings(config, started, out):
-    """Raise UserError where the run in `out`, started with the configuration `started`, had other settings than `config`.
+    """Raise UserError where `out`'s run, started with the configuration `started`, had other settings than `config`.
 
     The number of steps may differ: a run can be made longer.
     """
@@ -524,7 +511,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as Lustre, VirtualB
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold the run folder's lock; a second process that wants it is refused. A new folder that stays empty goes again."""
+    """Hold the run folder's lock, or raise Held if another process does. A new folder that stays empty is removed."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", blocking=False)
@@ -549,7 +536,7 @@ def locked(folder):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a function that tells whether Ctrl-C or a termination request has come; a second Ctrl-C interrupts at once."""
+    """Yield a function that tells whether Ctrl-C or a request to terminate has come. A second Ctrl-C acts at once."""
     received = []
 
     def handler(signum, frame):

@@ -1,8 +1,8 @@
 """Weight files: how the weights of denoisers and classifiers are written, read and built again.
 
 A file of this project is a safetensors file with a configuration inside. A denoiser's tensors are called "raw/NAME" and
-"ema_0.999/NAME", one kind of weights each. Wherever a checkpoint is read, a run's folder, its state_*.pt and weights of the
-course's networks (a .pt) serve as well. Of a pickle only tensors and plain containers are read: it can run nothing.
+"ema_0.999/NAME", one kind of weights each. Wherever a checkpoint is read, a run's folder, its state_*.pt and weights
+of the course's networks (a .pt) serve as well. Of a pickle only tensors and plain containers are read: it runs nothing.
 
 A run's state is in state_STEP_HASH.pt: HASH is the contents' SHA-256, so that damage is noticed.
 """
@@ -117,7 +117,7 @@ def find_checkpoint(path):
 
 
 def read_checkpoint(path):
-    """A denoiser's tensors, float32, called "raw/NAME", "ema_0.999/NAME", ..., and its configuration. Raises UserError."""
+    """A denoiser's tensors (float32; "raw/NAME", "ema_0.999/NAME", ...) and its configuration. Raises UserError."""
     path = find_checkpoint(path)
     tensors, config = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     try:
@@ -131,7 +131,7 @@ def read_checkpoint(path):
 
 
 def read_pickle(path):
-    """As `read_checkpoint`, of what torch.save wrote: a run's state, or weights of the course's networks, wrapped or not."""
+    """As `read_checkpoint`, of what torch.save wrote: a run's state, or weights of the course's networks."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -165,7 +165,8 @@ def find_state_dicts(contents, key=""):
         for name, value in contents.items():
             if isinstance(name, str) and name.endswith(last) and isinstance(value, torch.Tensor):
                 prefix = name.removesuffix(last)
-                state = {n.removeprefix(prefix): w for n, w in contents.items() if n.startswith(prefix)}
+                tensors = {n: w for n, w in contents.items() if isinstance(w, torch.Tensor) and n.startswith(prefix)}
+                state = {n.removeprefix(prefix): w for n, w in tensors.items()}
                 found.setdefault("ema" if "ema" in f"{key}{prefix}".lower() else "raw", state)
             elif isinstance(value, dict):
                 found = find_state_dicts(value, f"{key}{name}/") | found
@@ -204,7 +205,7 @@ def what_it_is(path):
 
 
 def find_kind(tensors, kind, config, path="the checkpoint"):
-    """The kind of weights that is meant: "raw", "ema_BETA", or for "ema" the first of the run's --ema-beta that is there.
+    """The kind of weights meant: "raw", "ema_BETA", or for "ema" the first of the run's --ema-beta that is there.
 
     None is "ema", or "raw" where there is no average. Raises UserError.
     """

@@ -1,5 +1,6 @@
 """utils.py: errors, atomic files, seeds, data sets of every kind, augmentation, pictures, sample files."""
 
+import contextlib
 import errno
 import gzip
 import io
@@ -7,6 +8,8 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -76,6 +79,7 @@ def test_expected_errors_become_one_line(error, status, words, capsys):
     assert out == "" and err.count("\n") == 1 and words in err
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there a process is ended from outside without being asked")
 def test_a_request_to_terminate_leaves_nothing_half_written(tmp_path):
     def main():
         with utils.atomic_path(tmp_path / "x.txt"):
@@ -86,6 +90,53 @@ def test_a_request_to_terminate_leaves_nothing_half_written(tmp_path):
         utils.command_line(main)
     assert exit.value.code == 143
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "operation, error, said",
+    [
+        ("open", errno.EACCES, True),  # a folder that may be written but not read
+        ("fsync", errno.EINVAL, True),
+        ("fsync", errno.ENOTSUP, True),
+        ("fsync", errno.EIO, None),
+    ],
+)
+def test_systems_that_cannot_flush_go_on_with_a_notice(operation, error, said, tmp_path, monkeypatch, capsys):
+    real_open = os.open
+
+    def refuse(opened, *rest, **options):
+        if operation == "open" and not os.path.isdir(opened):
+            return real_open(opened, *rest, **options)
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, operation, refuse)
+    expected = contextlib.nullcontext() if said else pytest.raises(UserError, match=os.strerror(error))
+    for _ in range(2):
+        with expected, atomic_path(tmp_path / "x.txt") as temporary:
+            temporary.write_text("whole")
+    monkeypatch.undo()
+    assert [path.read_text() for path in tmp_path.iterdir()] == (["whole"] if said else [])
+    assert capsys.readouterr().err.count("power cut") == bool(said)
+
+
+def test_names_may_be_as_long_as_the_file_system_permits(tmp_path):
+    utils.write_json(tmp_path / ("ü" * 125 + ".json"), [])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_every_script_starts_without_the_modules_that_only_unix_has():
+    program = """
+import contextlib, io, runpy, sys
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        runpy.run_path(script, run_name="__main__")
+"""
+    scripts = [str(path) for path in sorted(utils.ROOT.glob("*.py"))]
+    done = subprocess.run([sys.executable, "-c", program, *scripts], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_bugs_keep_their_traceback():
@@ -682,6 +733,10 @@ def test_image_grid():
     assert (grid[1:5, 1:6] == 0).all() and (grid[1:5, 7:12] == 1).all() and (grid[6:10, 1:6] == 2).all()
     assert (grid[6:10, 7:12] == 255).all() and (grid[0] == 255).all()
     assert image_grid(images, columns=9, padding=0, scale=3).shape == (12, 45, 3)
+    assert (
+        image_grid(images[:1], columns=2, scale=2).tolist()
+        == np.pad(np.zeros((8, 10, 3), int), ((2, 2), (2, 2), (0, 0)), constant_values=255).tolist()
+    )
     for bad, columns in ((images[:0], 2), (images.float(), 2), (images[0], 2), (images, 0)):
         with pytest.raises(UserError, match="grid"):
             image_grid(bad, columns)
@@ -696,23 +751,50 @@ def test_save_grid(tmp_path):
     assert os.listdir(tmp_path) == ["new"]
 
 
-def test_gifs(tmp_path):
-    greys = [np.full((6, 8, 3), 25 * i, np.uint8) for i in range(10)]
-    save_gif(greys, tmp_path / "x.gif", fps=20)
-    with Image.open(tmp_path / "x.gif") as gif:
-        assert gif.n_frames == 10 and gif.info["duration"] == 50 and gif.info["loop"] == 0
-        for i in range(10):
+def gif_frames(path):
+    with Image.open(path) as gif:
+        for i in range(gif.n_frames):
             gif.seek(i)
-            assert (np.asarray(gif.convert("RGB")) == 25 * i).all()
-    colours = [np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8) for i in range(3)]
-    save_gif(colours, tmp_path / "colours.gif")
-    with Image.open(tmp_path / "colours.gif") as gif:
-        assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - colours[0]).max() < 16
-    for frames in ([], [greys[0], greys[0][:3]], [greys[0].astype(float)]):
+            yield np.asarray(gif.convert("RGB")).astype(int), gif.info
+
+
+def test_greys_are_exact_in_gifs(tmp_path):
+    greys = [np.roll(np.arange(256, dtype=np.uint8), i).reshape(16, 16, 1).repeat(3, 2) for i in range(10)]
+    save_gif(greys, tmp_path / "x.gif", fps=20, hold=1)
+    for i, (frame, info) in enumerate(gif_frames(tmp_path / "x.gif")):
+        assert np.array_equal(frame, greys[i]) and info["duration"] == (1050 if i == 9 else 50) and info["loop"] == 0
+    assert i == 9
+
+
+def test_up_to_256_colours_are_exact_in_gifs(tmp_path):
+    palette = np.random.default_rng(0).integers(0, 256, (256, 3), np.uint8)
+    frames = [palette[np.random.default_rng(i).permutation(256)].reshape(16, 16, 3) for i in range(3)]
+    save_gif(frames, tmp_path / "x.gif")
+    assert all(np.array_equal(frame, frames[i]) for i, (frame, _) in enumerate(gif_frames(tmp_path / "x.gif")))
+
+
+def test_rare_saturated_colours_survive_in_gifs(tmp_path):
+    """Small squares of pure colours on a dull, noisy background. Pillow's own palette is wrong there by up to 151."""
+    y, x = np.mgrid[:256, :256]
+    picture = np.stack([100 + x / 6, 90 + y / 5, 80 + (x + y) / 9], 2) + np.random.default_rng(0).normal(
+        0, 6, (256, 256, 1)
+    )
+    picture = picture.astype(np.uint8)
+    for i in range(8):
+        picture[20 + 25 * i : 26 + 25 * i, 20 + 25 * i : 26 + 25 * i] = [255 * (i >> bit & 1) for bit in range(3)]
+    save_gif([255 - picture, picture], tmp_path / "x.gif")
+    error = np.abs(list(gif_frames(tmp_path / "x.gif"))[-1][0] - picture)
+    assert error.max() <= 20 and error.mean() <= 3
+
+
+def test_gifs_that_cannot_be(tmp_path):
+    frame = np.zeros((6, 8, 3), np.uint8)
+    for frames in ([], [frame, frame[:3]], [frame.astype(float)]):
         with pytest.raises(UserError, match="frame"):
             save_gif(frames, tmp_path / "bad.gif")
-    with pytest.raises(UserError, match="frames a second"):
-        save_gif(greys, tmp_path / "bad.gif", fps=0)
+    for fps in (0, 51):
+        with pytest.raises(UserError, match="frames a second"):
+            save_gif([frame], tmp_path / "bad.gif", fps=fps)
     assert not (tmp_path / "bad.gif").exists()
 
 
