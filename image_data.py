@@ -35,6 +35,7 @@ warnings.filterwarnings("ignore", module="PIL")  # of metadata that is damaged, 
 
 
 HEIC = (".heic", ".heif", ".hif")
+NO_HEIC = "in HEIC, which needs `pip install pillow-heif`"
 SPLIT_NAMES = {"train": "train|training", "test": "test|testing", "validation": "val|valid|validation|dev|eval"}
 
 
@@ -295,6 +296,9 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, row:
     left_out: dict[str, list[str]] = {}
     listings = _list_splits(root, labels, left_out)
     files, y, classes = listings[split]
+    if not files:
+        count = len(listings["train"].files)
+        raise UserError(f"{root} has too few images ({count}) to hold out a tenth of them as the test split")
     crop = row.crop
     if crop:
         image_size, crop = _judge_size(root, listings["train"].files + listings["test"].files, image_size)
@@ -410,14 +414,14 @@ def subfolders(folder: Path) -> list[Path]:
 
 @functools.cache
 def image_suffixes() -> set[str]:
-    """Of all that Pillow reads, and of HEIC, which it reads with pillow-heif."""
+    """Of all that Pillow reads; with pillow-heif that is HEIC, too."""
     with contextlib.suppress(ImportError):
         import pillow_heif  # type: ignore[import-not-found]
 
         pillow_heif.register_heif_opener()
     kinds = Image.registered_extensions().items()
     no_pictures = ("BUFR", "GRIB", "HDF5", "MPEG")
-    return {suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in no_pictures} | {*HEIC, ".avif"}
+    return {suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in no_pictures}
 
 
 def is_image(file: Path) -> bool:
@@ -488,9 +492,14 @@ def list_images(folder: Path, labels: bool = True, left_out: dict[str, list[str]
     left_out = {} if left_out is None else left_out
 
     def sort_out(files: list[Path]) -> list[Path]:
-        if strays := [_below(folder, file) for file in files if not is_image(file)]:
-            left_out.setdefault("not an image", []).extend(strays)
-        return [file for file in files if is_image(file)]
+        images = []
+        for file in files:
+            if is_image(file):
+                images.append(file)
+            else:
+                reason = NO_HEIC if file.suffix.lower() in HEIC else "not an image"
+                left_out.setdefault(reason, []).append(_below(folder, file))
+        return images
 
     own = sort_out([folder / name for name in visible(os.listdir(folder)) if not (folder / name).is_dir()])
     classes = {}
@@ -665,8 +674,8 @@ def why_unreadable(path: Path) -> str:
             start = file.read(12)
         if not start:
             return "empty"
-        if (start[4:8] == b"ftyp" or path.suffix.lower() in HEIC) and ".heic" not in Image.registered_extensions():
-            return "in HEIC, which needs `pip install pillow-heif`"
+        if start[4:8] == b"ftyp" and ".heic" not in image_suffixes():
+            return NO_HEIC
         _decode(path, 8)
     except UserError as error:
         return str(error)
@@ -715,7 +724,7 @@ def _read_all(folder: Path, files: list[Path], read: Callable, value: np.dtype, 
     A record has a file's index and its value; a file of which `read` gives None has none.
     """
     record = np.dtype([("file", "<i8"), ("value", value)])
-    key = hashlib.sha256(os.fsencode(folder) + f"\0{value}\0{'.heic' in Image.registered_extensions()}\n".encode())
+    key = hashlib.sha256(os.fsencode(folder) + f"\0{value}\0{'.heic' in image_suffixes()}\n".encode())
     for name, status in _file_facts(folder, files):
         key.update(name + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     cache = CACHE / f"{key.hexdigest()[:32]}.bin"

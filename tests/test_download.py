@@ -25,9 +25,8 @@ import pytest
 import requests
 import torch
 import torchvision
-from conftest import move_fashion_mnist
+from conftest import Malicious, class_folder, move_fashion_mnist, write_cifar_batches
 from PIL import Image
-from test_utils import Malicious, class_folder, write_cifar_batches
 
 import download_datasets
 import image_data
