@@ -5,6 +5,7 @@ of its own, so that a print in grey can be read too. What a colour means is the 
 """
 
 import contextlib
+import inspect
 import io
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 
 from ddpm import SCHEDULES, Diffusion
 from image_data import load_data
-from utils import ROOT, atomic_path, generator, image_grid, sha256, to_uint8, write_json
+from utils import ROOT, atomic_path, generator, image_grid, progress, sha256, to_uint8, write_json
 
 FIGURES = ROOT / "report/figures"
 PICTURES = ROOT / "report/pictures"
@@ -208,3 +209,39 @@ def plot_schedules(axes, curve, timesteps=1000, schedules=SCHEDULES, **labels):
     for name in schedules:
         axes.plot(curve(Diffusion(timesteps, name)), label=name, **SCHEDULE_STYLE.get(name, {}))
     axes.set(**{"xlabel": "timestep $t$"} | labels)
+
+
+# --- for the notebooks ---
+
+
+def code(*functions):
+    """Their source, with the comments above, as a notebook shows it."""
+    from IPython.display import Markdown
+
+    sources = [(inspect.getcomments(f) or "") + inspect.getsource(f) for f in functions]
+    return Markdown("```python\n" + "\n\n".join(sources) + "```")
+
+
+def watch(losses, draw, total, redraws=8):
+    """Iterate over `total` training losses; show their curve and, below it, the images that draw() makes on the way.
+
+    Returns the losses as a list.
+    """
+    from IPython.display import display
+
+    seen, handle = [], display("training ...", display_id=True)
+    for loss in progress(losses, total=total, desc="training"):
+        seen.append(float(loss))
+        if len(seen) % max(1, total // redraws) and len(seen) != total:
+            continue
+        fig, (curve, strip) = subplots(2, 1, height=3, height_ratios=[1.4, 1])
+        curve.plot(seen, color="0.8")
+        smooth = [np.mean(seen[max(0, i - 20) : i + 1]) for i in range(len(seen))]
+        curve.plot(smooth, color="black")
+        curve.set(xlabel="step", ylabel="loss", xlim=(0, total), ylim=(0, max(smooth[min(10, len(smooth) - 1) :])))
+        images = draw()
+        strip.imshow(pixels(images, len(images), scale=4), interpolation="none")
+        strip.axis("off")
+        plt.close(fig)
+        handle.update(fig)
+    return seen

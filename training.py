@@ -334,10 +334,10 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
                         folder.save(run)
                 started = now
             bar.set_postfix(loss=f"{sum(run.losses[-100:]) / len(run.losses[-100:]):.4f}", refresh=False)
-            if any_process(stop_requested(), run.world, run.device):
-                folder.stop(run)
             if run.rank == 0 and grid_is_due:
                 folder.sample_grid(run, stop_requested)
+            if any_process(stop_requested(), run.world, run.device):
+                folder.stop(run)
             if folder.save_is_due():
                 folder.save(run)
     folder.finish(run)
