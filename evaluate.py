@@ -347,18 +347,17 @@ def model_images(data_name: str | None, config: dict, count: int) -> tuple[torch
     name = data_name or config["data"].get("name")
     if data_name is None and name not in DATASETS:
         raise UserError(f"the model was trained on {name or 'data without a name'}: say where it is with --data")
-    _, data = features.load_splits(name, config["data"]["image_size"])
-    channels, there = config["model"].get("channels", 3), data.images.shape[1]
-    if there != channels:
+    channels, classes = config["model"].get("channels", 3), config["model"].get("num_classes")
+    own = None if name in DATASETS else channels  # grey images of one's own may have been trained on as RGB
+    _, data = features.load_splits(name, config["data"]["image_size"], own, labels=bool(classes))
+    if (there := data.images.shape[1]) != channels:
         raise UserError(f"the model's images have {channels} channels, those of {name} {there}: give another --data")
     if not 2 <= count <= len(data):
         raise UserError(f"--n must be between 2 and the number of test images of {name}, {len(data):,}, not {count:,}")
-    index = torch.arange(count) * len(data) // count
-    classes = config["model"].get("num_classes")
-    labels = data.labels[index] if classes and data.labels is not None else None
-    known = config["data"].get("classes", data.classes)
-    if labels is not None and (len(data.classes) != classes or known != data.classes):
+    if classes and (len(data.classes) != classes or config["data"].get("classes", data.classes) != data.classes):
         raise UserError(f"the classes of {name} are not those of the model: give another --data")
+    index = torch.arange(count) * len(data) // count
+    labels = data.labels[index] if classes and data.labels is not None else None
     return to_model(data.images[index]), labels, data.name
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from image_data import DATASETS, ImageData, describe_folder, load_data, resize
+from image_data import DATASETS, ImageData, describe, describe_folder, load_data, resize
 from utils import ROOT, UserError, autocast, generator, pick_precision, progress, say, sha256, to_model
 from weights import load_state, read_tensors, save_state, save_tensors
 
@@ -111,9 +111,9 @@ def train_features(name: str, seed: int = 0) -> dict:
     interrupted training goes on; delete it to start again. Returns the facts that the weights' file records.
     """
     weights_path, reference_path = (checkpoint_path(kind, name) for kind in ("features", "reference"))
-    train, test = load_splits(name)
-    if train.labels is None or len(train.classes) < 2:
-        raise UserError(f"{name} has no labels to train a classifier on: use another's, such as --features cifar10")
+    train, test = load_splits(name, labels=True)
+    if len(train.classes) < 2:
+        raise UserError(f"{name} has one class only, so there is nothing to train a classifier on")
     if name == "fashion_mnist" and len(train) < 60_000:
         raise UserError("the shipped sample is too small: run `python download_datasets.py fashion_mnist` first")
     recipe = DEFAULT_RECIPE | (DATASETS[name].recipe if name in DATASETS else {})
@@ -166,9 +166,12 @@ def train_features(name: str, seed: int = 0) -> dict:
     return facts
 
 
-def load_splits(name: str | Path, image_size: int | None = None) -> tuple[ImageData, ImageData]:
-    """The training and the test images, all of one size: here, no photographs are kept larger for random crops."""
-    train, test = (load_data(name, split, image_size) for split in ("train", "test"))
+def load_splits(
+    name: str | Path, image_size: int | None = None, channels: int | None = None, labels: bool = False
+) -> tuple[ImageData, ImageData]:
+    """The training and the test images, all of one size: none are kept larger for random crops. Says what was read."""
+    train, test = (load_data(name, split, image_size, channels, labels) for split in ("train", "test"))
+    say(describe(train, test, labels))
     if train.images.shape[-1] != train.image_size:
         train.images = resize(train.images, train.image_size)
     return train, test
@@ -178,6 +181,7 @@ def train_epoch(
     net, optimizer, train: ImageData, recipe: dict, cycle: dict, begin: float, seed: int, epoch: int
 ) -> float:
     """One pass over the data, `begin` (0..1) of the way through `cycle`; its mean loss."""
+    assert train.labels is not None
     net.train()
     batch_size, losses = recipe["batch_size"], []
     steps = len(train) // batch_size
@@ -279,8 +283,12 @@ def load_reference(
         reference, facts = read_tensors(path, f"run `python evaluate.py train-features {name}`")
         if facts["features_sha256"] != net.sha256:
             raise UserError(f"{path.name} was made with other weights: run `python evaluate.py train-features {name}`")
+        kind, size = "grey" if net.image_shape[0] == 1 else "RGB", f"{net.image_shape[1]} x {net.image_shape[2]}"
+        counts = f"{facts['train_images']:,} images for training, {facts['test_images']:,} held out"
+        say(f"data: {counts}; {size} {kind}; {len(net.classes)} classes: {', '.join(net.classes)}")
         return reference, facts | {"sha256": sha256(path)}
-    train, test = load_splits(name, image_size or net.image_shape[-1])
+    channels = None if str(name) in DATASETS else net.image_shape[0]
+    train, test = load_splits(name, image_size or net.image_shape[-1], channels)
     train.images, test.images = shrink(net, train.images), shrink(net, test.images)
     check_shape(net, test.images)
     reference = make_reference(net, train, test)
@@ -295,6 +303,8 @@ def check_shape(net: FeatureNet, images: torch.Tensor) -> None:
 
 
 def shrink(net: FeatureNet, images: torch.Tensor) -> torch.Tensor:
-    """Larger square images as small as the classifier takes them; others as they are."""
-    size = net.image_shape[-1]
-    return resize(images, size) if images.shape[-2] == images.shape[-1] > size else images
+    """Larger square images as small as the classifier takes them, and grey ones in its three channels."""
+    channels, _, size = net.image_shape
+    if images.shape[-2] == images.shape[-1] > size:
+        images = resize(images, size)
+    return images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images

@@ -393,9 +393,9 @@ def test_another_folder_of_the_same_name_is_not_taken_for_the_classifiers(tmp_pa
 def toy(tiny_recipe, monkeypatch):
     """A data set `toy` that is easy: class 1 is bright on the left, class 0 on the right."""
 
-    def load(name, split="train", image_size=None):
+    def load(name, split="train", image_size=None, channels=None, labels=False):
         if name != "toy":
-            return load_data(name, split, image_size)
+            return load_data(name, split, image_size, channels, labels)
         count = 400 if split == "train" else 100
         g = generator(count)
         images = torch.randint(100, (count, 1, 8, 8), generator=g, dtype=torch.uint8)
