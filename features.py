@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from image_data import DATASETS, ImageData, describe_folder, load_data, resize
+from image_data import DATASETS, ImageData, describe, describe_folder, load_data, resize
 from utils import ROOT, UserError, autocast, generator, pick_precision, progress, say, sha256, to_model
 from weights import load_state, read_tensors, save_state, save_tensors
 
@@ -169,6 +169,7 @@ def train_features(name: str, seed: int = 0) -> dict:
 def load_splits(name: str | Path, image_size: int | None = None) -> tuple[ImageData, ImageData]:
     """The training and the test images, all of one size: here, no photographs are kept larger for random crops."""
     train, test = (load_data(name, split, image_size) for split in ("train", "test"))
+    say(describe(train, test, labels=True))
     if train.images.shape[-1] != train.image_size:
         train.images = resize(train.images, train.image_size)
     return train, test

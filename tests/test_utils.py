@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import Malicious, mutations
 from hypothesis import given
 from PIL import Image
 
