@@ -554,14 +554,6 @@ def describe_folder(name_or_path: str | Path) -> str | None:
     return f"{len(facts)} files, {hashlib.sha256(b''.join(facts)).hexdigest()[:16]}"
 
 
-def compare_folder(name_or_path: str | Path, before: str) -> str:
-    """In words, how a folder differs from what `describe_folder` said of it `before`."""
-    folder = Path(name_or_path).expanduser().resolve()
-    facts = list(_file_facts(folder, _data_files(folder)))
-    newest = os.fsdecode(max(facts, key=lambda fact: max(fact[1].st_mtime, fact[1].st_ctime))[0]) if facts else "none"
-    return f"{folder} has {len(facts)} images and had {before.split()[0]}; the one changed last is {newest}"
-
-
 def _data_files(folder: Path) -> list[Path]:
     """The images of both splits; all files of a folder that holds the data in other formats."""
     train, test, _ = split_folders(folder)
@@ -669,7 +661,7 @@ def why_unreadable(path: Path) -> str:
     except UnidentifiedImageError:
         return "in no format that Pillow can open"
     except Image.DecompressionBombError:
-        return f"larger than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels"
+        return "larger than 420 megapixels"
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             return f"not readable ({error.strerror})"
