@@ -1,4 +1,4 @@
-"""utils.py: errors, atomic files, seeds, data sets of every kind, augmentation, pictures, sample files."""
+"""utils.py: errors, atomic files, arguments, devices, seeds, pictures, sample files."""
 
 import contextlib
 import errno
