@@ -59,8 +59,9 @@ def results_table():
     )
     for which, run in {"best": runs[:1], "worst": runs[1:][-1:]}.items():
         for r in run:
-            name = f"{which} of {len(runs)} experiments: {r['config']['diffusion']['schedule']}, {r['config']['train']['loss']}"
-            rows.append([f"Fashion-MNIST, {name}", *quality_cells(r["quality"])])
+            schedule, loss = r["config"]["diffusion"]["schedule"], r["config"]["train"]["loss"]
+            name = f"Fashion-MNIST, {which} of {len(runs)} experiments: {schedule}, {loss}"
+            rows.append([name, *quality_cells(r["quality"])])
     for path in sorted(RESULTS.glob("samples_*.json")):
         result = read_result(path.stem)
         other = result["features"]["name"]
@@ -72,7 +73,8 @@ def results_table():
         for r in sweep["rows"]:
             note = ", its best scale" if r is best else ""
             if r["cfg_scale"] in (1, 3) or note:
-                name = f"{DATA[r['quality']['data']]}, conditional, {r['weights']} weights, `cfg_scale` {r['cfg_scale']:g}{note}"
+                setting = f"{r['weights']} weights, `cfg_scale` {r['cfg_scale']:g}{note}"
+                name = f"{DATA[r['quality']['data']]}, conditional, {setting}"
                 rows.append([name, *quality_cells(r["quality"])])
     return table(["model", "Fréchet", "95% interval", "precision", "recall", "label agreement", "samples"], rows)
 
@@ -102,7 +104,7 @@ def work(row):
 
 
 def speed_table():
-    """The comparisons on the machine of benchmark.json, and the gains that an earlier one had, whose CPU has other units."""
+    """The comparisons on the machine of benchmark.json, and the gains on an earlier one, whose CPU has other units."""
     benchmark, earlier = read_result("benchmark"), read_result("benchmark_amd_epyc")
     rows, others = [], {row["name"]: row for row in earlier["rows"]}
     for row in benchmark["rows"]:
@@ -127,7 +129,8 @@ def speed_table():
     )
     header = ["work", "plain", "ours", "gain (min to max)", "aim", f"on an {earlier['machine']['cpu']}"]
     machine = benchmark["machine"]
-    cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}, bfloat16 {'yes' if machine['bfloat16'] else 'no'}"
+    bfloat16 = "yes" if machine["bfloat16"] else "no"
+    cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}, bfloat16 {bfloat16}"
     growth = [
         [row["what"], ", ".join(f"{x}: {point['median']:.3g} s" for x, point in row["points"].items())]
         for row in benchmark["rows"]
@@ -197,16 +200,19 @@ def reliability_lines():
     r = read_result("reliability")
     kill, disk, fuzz = r["kill"], r["disk_full"], r["fuzz"]
     train, other = disk["training"], disk["sample_publish_unpack"]
-    return "\n".join(
-        [
-            f"- `{kill['command']}`: {sum(kill['kills'].values())} kills, {kill['kills']['inside a save']} of them inside a save: "
-            f"{kill['runs_identical_to_the_unkilled']} of {kill['runs_finished']} finished runs have the bits of the unkilled one, "
-            f"{kill['unreadable_states_or_checkpoints']} unreadable files, {kill['saved_steps_lost']} saved steps lost.",
-            f"- `{disk['command']}`: the disk was full at {train['faults'] + other['faults']} moments; "
-            f"{train['survived_and_resumed_to_the_same_bits'] + other['survived_with_nothing_half_written']} times nothing was lost or half-written.",
-            f"- `{fuzz['command']}`: {fuzz['cases']:,} cases of odd flags and damaged files, {fuzz['refused_with_one_line']:,} refused with one line; "
-            f"tracebacks, hangs, half-written outputs, files in wrong places: {fuzz['tracebacks_hangs_half_written_or_outside']}.",
-        ]
+    survived = train["survived_and_resumed_to_the_same_bits"] + other["survived_with_nothing_half_written"]
+    finished, same = kill["runs_finished"], kill["runs_identical_to_the_unkilled"]
+    kills, inside = sum(kill["kills"].values()), kill["kills"]["inside a save"]
+    unreadable, lost = kill["unreadable_states_or_checkpoints"], kill["saved_steps_lost"]
+    cases, refused = fuzz["cases"], fuzz["refused_with_one_line"]
+    return (
+        f"- `{kill['command']}`: {kills} kills, {inside} of them inside a save: {same} of {finished} finished runs have "
+        f"the bits of the unkilled one, {unreadable} unreadable files, {lost} saved steps lost.\n"
+        f"- `{disk['command']}`: the disk was full at {train['faults'] + other['faults']} moments; "
+        f"{survived} times nothing was lost or half-written.\n"
+        f"- `{fuzz['command']}`: {cases:,} cases of odd flags and damaged files, {refused:,} refused with one line; "
+        "tracebacks, hangs, half-written outputs, files in wrong places: "
+        f"{fuzz['tracebacks_hangs_half_written_or_outside']}."
     )
 
 
