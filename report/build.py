@@ -90,7 +90,7 @@ def run_notebooks(args):
             shutil.copyfile(FIGURES / name, PICTURES / name)
 
 
-# --- what the report may use -------------------------------------------------------------------------------------------
+# --- what the report may use ---------------------------------------------------------------------------------------
 
 
 def stale_sources(value, data=None):
@@ -151,17 +151,17 @@ def missing_figures():
     return sorted(set(re.findall(r'picture\("(\w+)"', text)) - {path.stem for path in FIGURES.glob("*.json")})
 
 
-# --- the PDF ------------------------------------------------------------------------------------------------------------
+# --- the PDF -------------------------------------------------------------------------------------------------------
 
 
 def typst_options(lastname):
-    """What the compiler is given."""
+    """What the compiler is given; its root is the repository, because the report quotes the code."""
     inputs = {"lastname": lastname, "available": json.dumps(available())}
     return {"root": REPORT.parent, "ignore_system_fonts": True, "sys_inputs": inputs}
 
 
 def build_pdf(lastname, out=None, allow_missing=True):
-    """Typeset the report, which quotes the code (so the root is the repository's); returns the PDF's path. Raises UserError."""
+    """Typeset the report; returns the PDF's path. Raises UserError."""
     import typst
 
     if not re.fullmatch(r"[^\W_][\w' -]*", lastname):
