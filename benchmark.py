@@ -38,7 +38,7 @@ from ddpm_conditional import guided
 from ddpm_unconditional import SHAPE
 from image_data import load_data
 from utils import ROOT, UserError, pick_device
-from weights import build_model, image_shape, load_checkpoint
+from weights import build_model, load_checkpoint
 
 EXPERIMENTS = {"name": "PatchUNet", "channels": 1}
 DEFAULT = EXPERIMENTS | SHAPE
@@ -46,7 +46,7 @@ ANNOTATED = EXPERIMENTS | {"width": 28, "mults": [1, 2, 4], "depth": 2, "patch":
 COURSE = {"name": "UNet_conditional", "channels": 1, "num_classes": 10}
 TIMESTEPS, EMA_BETA, P_UNCOND = 1000, 0.995, 0.1
 TURNS, AT_LEAST = 3, 2.0  # a turn repeats its work for so many seconds
-SAMPLES = 2000  # for a distance
+SAMPLES, IMAGE = 2000, (1, 28, 28)  # how many for a distance, and of which shape
 QUICK, BEST, GUIDED = "grid_cosine_l2", "fashion_mnist", "fashion_mnist_conditional_20_epochs"  # published checkpoints
 
 
@@ -55,10 +55,10 @@ def load_images(size):
 
 
 def load_model(checkpoint, n):
-    """A published network, its process, the shape of an image, and the labels of n images (or None)."""
-    model, diffusion, config = load_checkpoint(ROOT / f"checkpoints/{checkpoint}.safetensors", device=pick_device())
+    """A published network of Fashion-MNIST, its process, and the labels of n images (or None)."""
+    model, diffusion, _ = load_checkpoint(ROOT / f"checkpoints/{checkpoint}.safetensors", device=pick_device())
     labels = torch.arange(n, device=pick_device()) % model.num_classes if model.num_classes else None
-    return model, diffusion, image_shape(model, config), labels
+    return model, diffusion, labels
 
 
 # --- plain ---------------------------------------------------------------------------------------------------------
@@ -68,8 +68,8 @@ def load_model(checkpoint, n):
 
 def plain_batches(data, batch_size, shuffle=True):
     """Batches (x0, labels); every image becomes PIL's first, as in torchvision's own data sets."""
-    to_pil, to_size = transforms.ToPILImage(), transforms.Resize(data.image_size)
-    transform = transforms.Compose([to_pil, to_size, transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+    by_pil = [transforms.ToPILImage(), transforms.Resize(data.image_size), transforms.ToTensor()]
+    transform = transforms.Compose([*by_pil, transforms.Normalize((0.5,), (0.5,))])
 
     def collate(indices):
         return torch.stack([transform(data.images[i]) for i in indices]), data.labels[indices]
@@ -126,10 +126,10 @@ def plain_sampler(model, x, betas, labels=None, cfg_scale=0.0, draw=torch.randn_
 
 def plain_sampling(checkpoint, n, cfg_scale):
     """Single steps of the sampler: all of them cost the same."""
-    model, diffusion, shape, labels = load_model(checkpoint, n)
+    model, diffusion, labels = load_model(checkpoint, n)
     model = model.to(memory_format=torch.contiguous_format)
     while True:
-        yield from plain_sampler(model, torch.randn(n, *shape).to(pick_device()), diffusion.betas, labels, cfg_scale)
+        yield from plain_sampler(model, torch.randn(n, *IMAGE).to(pick_device()), diffusion.betas, labels, cfg_scale)
 
 
 # --- ours: the same, as the scripts do it --------------------------------------------------------------------------
@@ -147,10 +147,10 @@ def our_training(model, image_size, batch_size):
 
 
 def our_sampling(checkpoint, n, cfg_scale):
-    model, diffusion, shape, labels = load_model(checkpoint, n)
+    model, diffusion, labels = load_model(checkpoint, n)
     while True:
         with utils.autocast(pick_device()):
-            yield diffusion.sample(guided(model, labels, cfg_scale), n, shape, sampler="dpm", steps=10)
+            yield diffusion.sample(guided(model, labels, cfg_scale), n, IMAGE, sampler="dpm", steps=10)
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
@@ -179,27 +179,31 @@ def measure(make, settings):
     """Seconds for one item of the generator make(*settings), and the gigabytes that it took beside the libraries."""
     libraries, work = peak_memory(), make(*settings)
     seconds_each(work, 1)  # warms up
-    count = max(1, round(AT_LEAST / seconds_each(work, 1)))
-    return seconds_each(work, count), max(1, peak_memory() - libraries) / 1e9
+    seconds = seconds_each(work, max(1, round(AT_LEAST / seconds_each(work, 1))))
+    return seconds, max(1, peak_memory() - libraries) / 1e9
 
 
 def measure_alone(make, settings):
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory
-    with ProcessPoolExecutor(1, spawn, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:  # Ctrl-C just ends it
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the new process inherits: it does not hear Ctrl-C
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fork would inherit memory
+        future = pool.submit(measure, make, settings)
+        signal.signal(signal.SIGINT, on_ctrl_c)
         try:
-            return pool.submit(measure, make, settings).result()
+            return future.result()
         except BrokenExecutor:
             raise UserError("a measuring process has died, most likely of too little memory: leave it out") from None
+        except KeyboardInterrupt:
+            multiprocessing.active_children()[0].terminate()
+            raise
 
 
 def machine():
     """What times depend on, in a line."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        cpu = next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), cpu)
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next(iter(re.findall(r"model name\s*: (.*)", about)), platform.processor() or platform.machine())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    precision = utils.pick_precision(pick_device())
-    return f"{cpu}, {torch.get_num_threads()} cores, {device}, {precision}, torch {torch.__version__}"
+    units = f"{device}, {utils.pick_precision(pick_device())}"
+    return f"{cpu}, {torch.get_num_threads()} cores, {units}, torch {torch.__version__}"
 
 
 def row(name, what, unit, plain, ours):
@@ -222,9 +226,8 @@ def compare(name, what, unit, sides, settings, amounts=(1, 1)):
 def distance(model, diffusion, **options):
     """Frechet distance of the model's samples from the test images of Fashion-MNIST."""
     with utils.autocast(pick_device()):
-        images = diffusion.sample(model, SAMPLES, (1, 28, 28), progress=utils.progress, **options)
-    images = utils.to_uint8(images).permute(0, 2, 3, 1).numpy()  # TO DO: evaluate will take them as they are
-    return evaluate.evaluate_samples(images, data_name="fashion_mnist")["frechet_distance"]
+        images = diffusion.sample(model, SAMPLES, IMAGE, progress=utils.progress, **options)
+    return evaluate.evaluate_samples(utils.to_uint8(images), data_name="fashion_mnist")["frechet_distance"]
 
 
 def minutes_to_equal_quality(name, every=200):
@@ -256,7 +259,7 @@ def minutes_to_equal_quality(name, every=200):
 def compare_samplers(name):
     """Frechet distance against sampler and steps, of a quickly trained network and of the best one."""
     for checkpoint in (QUICK, BEST):
-        model, diffusion, *_ = load_model(checkpoint, SAMPLES)
+        model, diffusion, _ = load_model(checkpoint, SAMPLES)
         points = {}
         for sampler, eta in (("ddpm", None), ("ddim", 0.0), ("dpm", 0.0), ("dpm", 1.0)):
             kind = points[sampler if eta is None else f"{sampler}, eta = {eta:g}"] = {}

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 import training
+import weights
 from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, beta_schedule, noise_level
 from ddpm_conditional import guided, predictor
-from image_data import DATASETS, decode_image, describe, describe_folder, load_data
+from image_data import DATASETS, compare_folder, decode_image, describe, describe_folder, load_data
 from modules import BLOCKS
 from utils import (
     PRECISIONS,
@@ -34,16 +35,6 @@ from utils import (
     stream_samples,
     to_model,
     to_uint8,
-)
-from weights import (
-    build_diffusion,
-    find_checkpoint,
-    image_shape,
-    images_seen,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-    select_weights,
 )
 
 MODELS = {"patch": "PatchUNet", "course": "UNet"}
@@ -211,8 +202,8 @@ def make_config(args, data):
 
 def describe_init(path):
     """What a run remembers of the checkpoint that it starts from; "images": how many that one had seen."""
-    file, (_, config) = find_checkpoint(path), read_checkpoint(path)
-    return {"checkpoint": file.name, "sha256": sha256(file), "images": images_seen(config["train"])}
+    file, (_, config) = weights.find_checkpoint(path), weights.read_checkpoint(path)
+    return {"checkpoint": file.name, "sha256": sha256(file), "images": weights.images_seen(config["train"])}
 
 
 def load_training(args):
@@ -235,7 +226,7 @@ def say_what_to_expect(args, data, config):
         length = f"{steps:,} steps of {batch_size} images, {steps * batch_size / len(data):,.0f} passes over yours"
         say(f"{length}: fewer show little (--epochs or --minutes decide otherwise)")
     timesteps, schedule = args.timesteps, args.schedule
-    build_diffusion(config["diffusion"])  # refuses what is out of range
+    weights.build_diffusion(config["diffusion"])  # refuses what is out of range
     left = {name: (1 - beta_schedule(name, timesteps)).prod().item() for name in SCHEDULES}
     if left[schedule] > 0.01:
         best = min(left, key=left.__getitem__)
@@ -249,7 +240,13 @@ def run_train(args):
     if training.is_main():
         say_what_to_expect(args, data, config)
     options = ("resume", "device", "minutes", "sample_every", "init", "accumulate", "compiled")
-    path = training.train(config, data, args.out, **{name: getattr(args, name) for name in options})
+    try:
+        path = training.train(config, data, args.out, **{name: getattr(args, name) for name in options})
+    except training.OtherSettings as other:
+        message, name, before = other.args
+        if name == "folder" and before:
+            message += f" ({compare_folder(args.data, before)})"
+        raise UserError(message) from other
     if training.is_main():
         print(f"wrote {path}")
 
@@ -305,33 +302,26 @@ def run_sample(args):
         raise UserError(f"--variance is for --sampler ddpm: {args.sampler}'s noise is --eta")
     check_writable(args.out)
     device = pick_device(args.device)
-    weights = {None: None, True: "ema", False: "raw"}[args.ema]
-    model, diffusion, config = load_checkpoint(args.checkpoint, weights, device, args.image_size)
-    shape, x_T = image_shape(model, config), None
+    kind = {None: None, True: "ema", False: "raw"}[args.ema]
+    model, diffusion, config = weights.load_checkpoint(args.checkpoint, kind, device, args.image_size)
+    shape, x_T = weights.image_shape(model, config), None
     if args.start_from:
         diffusion, x_T = begin_at(args.start_from, args.strength, diffusion, args.n, shape, args.seed)
     if args.steps and args.steps > diffusion.timesteps:
         raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
     labels, guidance = choose_guidance(args, model, config)
-    options = {
-        "seed": args.seed,
-        "sampler": args.sampler,
-        "steps": args.steps,
-        "eta": args.eta,
-        "variance": args.variance or "posterior",
-        "clip": args.clip,
-    }
-    source = {
+    options = {name: getattr(args, name) for name in ("seed", "sampler", "steps", "eta", "clip")}
+    options["variance"] = args.variance or "posterior"
+    source = options | {
         "checkpoint": args.checkpoint.name,
-        "sha256": sha256(find_checkpoint(args.checkpoint)),
+        "sha256": sha256(weights.find_checkpoint(args.checkpoint)),
         "weights": config["weights"],
-        **options,
         "eta": noise_level(args.sampler, args.eta),
         "steps": diffusion.step_count(args.sampler, args.steps),
         "variance": options["variance"] if args.sampler == "ddpm" else None,
-        **guidance,
         "start_from": args.start_from and [args.start_from.name, args.strength],
         "dtype": pick_precision(device),
+        **guidance,
     }
     columns = math.ceil(args.n**0.5)
     with autocast(device):
@@ -399,7 +389,7 @@ def save_denoising_gif(frames, path, columns, scale=2, longest=60):
 def run_publish(args):
     if args.out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, not {args.out.name!r}")
-    tensors, config = read_checkpoint(args.checkpoint)
-    weights = {kind: select_weights(tensors, kind, config, args.checkpoint) for kind in args.weights}
-    save_checkpoint(args.out, weights, config, tensors.get("losses"), half=True)
+    tensors, config = weights.read_checkpoint(args.checkpoint)
+    states = {kind: weights.select_weights(tensors, kind, config, args.checkpoint) for kind in args.weights}
+    weights.save_checkpoint(args.out, states, config, tensors.get("losses"), half=True)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")

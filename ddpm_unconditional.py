@@ -135,7 +135,6 @@ def check_finished(args):
     """Raise UserError where the finished experiment in args.out had other settings than the flags ask for."""
     _, config = cli.load_training(args)
     _, trained = read_checkpoint(args.out / "model.safetensors")
-    training.take_over(config["train"], trained["train"])
     training.check_settings(config, trained, args.out)
     if config["train"]["steps"] != trained["train"]["steps"]:
         raise UserError(

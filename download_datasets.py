@@ -29,7 +29,7 @@ import requests
 from PIL import Image
 
 import utils
-from image_data import DATASETS, DataSet, decode_images, load_data, say_left_out
+from image_data import DATASETS, DataSet, decode_images, list_images, load_data, say_left_out, split_folders, subfolders
 from utils import ArgumentParser, UserError, command_line, progress, say
 from weights import load_checkpoint
 
@@ -69,7 +69,7 @@ def get_data(name: str, source: Path | None) -> None:
     target, *others = [(utils.ROOT / folder).resolve() for folder in row.folders]  # perhaps links to a larger disk
     for place in [target, *(others if source is None else [])]:
         if place.is_dir() and any(place.iterdir()):
-            print(f"{place} is all there: {count_images(place)}")
+            print(f"{place} is all there: {count_images(place, not row.flat)}")
             return
     with staging(target) as folder:
         if source is None:
@@ -80,7 +80,7 @@ def get_data(name: str, source: Path | None) -> None:
             unpack(source, folder / "source")
         images = folder / target.name
         arrange(folder / "source", images, name)
-        counts = count_images(images)
+        counts = count_images(images, not row.flat)
         if target.is_dir():
             target.rmdir()  # it is empty, and Windows renames nothing onto a folder
         os.replace(images, target)
@@ -107,7 +107,7 @@ def arrange(source: Path, images: Path, name: str) -> None:
         return
     folders = [file.parent for file in visible_files(source) if file.suffix.lower() in Image.registered_extensions()]
     found = Path(os.path.commonpath(folders or [source]))  # archives wrap it in other folders
-    flat = [part for part in splits_of(found) if not class_folders(part)]
+    flat = [part for part in splits_of(found) if not subfolders(part)]
     if flat and not row.flat:
         raise UserError(f"{flat[0]} has no class folders")
     if flat == [found]:  # one class, called after the data set
@@ -123,11 +123,8 @@ def arrange(source: Path, images: Path, name: str) -> None:
 
 
 def splits_of(root: Path) -> list[Path]:
-    return [root / split for split in ("train", "test") if (root / split).is_dir()] or [root]
-
-
-def class_folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(Path(entry.name)))
+    """The folders of training and of test images; the one folder, if they are not apart."""
+    return [part for part in split_folders(root)[:2] if part]
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -138,19 +135,17 @@ def is_hidden(path: PurePath) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
-def count_images(root: Path) -> str:
+def count_images(root: Path, labels: bool) -> str:
     """How many images each split and class has, in words. Raises UserError where one has none or is damaged."""
     if any(any(root.glob(pattern)) for pattern in (*MNIST_FILES, "cifar-10-batches-py")):
         return ", ".join(f"{split} {len(load_data(root, split)):,} images" for split in ("train", "test"))
-    if len({tuple(folder.name for folder in class_folders(part)) for part in splits_of(root)}) > 1:
+    listings = {part.name: list_images(part, labels) for part in splits_of(root)}
+    if len({tuple(listing.classes) for listing in listings.values()}) > 1:
         raise UserError(f"{root}: train and test have different classes")
     words = []
-    for part in splits_of(root):
-        counts = {folder: len(visible_files(folder)) for folder in class_folders(part) or [part]}
-        if empty := [folder for folder, number in counts.items() if number == 0]:
-            raise UserError(f"{empty[0]} has no image: fill it or delete it")
-        each = ", ".join(f"{folder.name} {number:,}" for folder, number in counts.items())
-        words.append(f"{part.name} {sum(counts.values()):,} images ({each})")
+    for name, listing in listings.items():
+        each = [f"{label} {listing.labels.count(i):,}" for i, label in enumerate(listing.classes)]
+        words.append(f"{name} {len(listing.files):,} images" + (f" ({', '.join(each)})" if each else ""))
     return "; ".join(words)
 
 
@@ -216,9 +211,11 @@ def from_google_drive(folder: Path) -> None:
 
 def from_hub(row: DataSet, folder: Path) -> None:
     """MNIST's kind as parquet files, all others as class folders of PNG files."""
-    with fetching(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+    with fetching(endpoint := os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
         import datasets
+        from huggingface_hub import HfApi
 
+        HfApi(endpoint).dataset_info(row.hub, timeout=10)  # load_dataset tries five times and does not say what failed
         splits = datasets.load_dataset(row.hub, cache_dir=str(folder / "hub"))
         (folder / "source").mkdir()
         for split, data in splits.items():
@@ -271,8 +268,7 @@ def check_kaggle_token() -> None:
 def require_network(url: str) -> None:
     """Fail within seconds where the libraries would wait for minutes. Any answer, an error page too, is a network."""
     try:
-        # what is wrong with a certificate, the library itself will say: it may trust others than requests does
-        with contextlib.suppress(requests.exceptions.SSLError, requests.ReadTimeout):
+        with contextlib.suppress(requests.exceptions.SSLError, requests.ReadTimeout):  # the library may trust others
             requests.head(url, timeout=5)
     except requests.RequestException as error:
         raise UserError(f"no network (cannot reach {url})") from error
@@ -313,6 +309,10 @@ def staging(target: Path) -> Iterator[Path]:
         yield folder
     except UserError as error:
         raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"no space left on the disk for {target}: nothing was kept") from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -35,6 +35,7 @@ warnings.filterwarnings("ignore", module="PIL")  # of metadata that is damaged, 
 
 
 HEIC = (".heic", ".heif", ".hif")
+NO_HEIC = "in HEIC, which needs `pip install pillow-heif`"
 SPLIT_NAMES = {"train": "train|training", "test": "test|testing", "validation": "val|valid|validation|dev|eval"}
 
 
@@ -187,9 +188,8 @@ def describe(train: ImageData, test: ImageData | None, labels: bool) -> str:
     if labels and train.labels is not None:
         count = "1 class" if len(train.classes) == 1 else f"{len(train.classes)} classes"
         line += f"; {count}: {', '.join(train.classes)}"
-    left_out = dict(train.left_out)
-    for reason, names in test.left_out.items() if test else ():
-        left_out[reason] = list(dict.fromkeys(left_out.get(reason, []) + names))
+    splits = [data.left_out for data in (train, test) if data]
+    left_out = {reason: sorted({name for x in splits for name in x.get(reason, [])}) for x in splits for reason in x}
     return line + (f"\nleft out: {_count(left_out)}" if left_out else "")
 
 
@@ -294,36 +294,38 @@ def _check_mnist(images: np.ndarray, labels: np.ndarray, images_path, labels_pat
 def _load_folder(root: Path, split: str, image_size: int | None, name: str, row: DataSet, labels: bool) -> ImageData:
     left_out: dict[str, list[str]] = {}
     listings = _list_splits(root, labels, left_out)
-    files, y, classes = listings[split]
-    crop = row.crop
-    if crop:
-        image_size, crop = _judge_size(root, listings["train"].files + listings["test"].files, image_size)
+    files, labels_of, classes = listings[split]
+    if not files:
+        count = len(listings["train"].files)
+        raise UserError(f"{root} has too few images ({count}) to hold out a tenth of them as the test split")
+    size, large = image_size or row.image_size, False
+    if row.crop:  # photographs of any size
+        size, large = _judge_size(root, listings["train"].files + listings["test"].files, image_size)
 
-    def read(part):
-        side = round(1.25 * image_size) if crop and part == "train" else image_size
+    def read(part: str) -> tuple[np.ndarray, np.ndarray]:
+        side = round(1.25 * size) if large and part == "train" else size
         return _load_images(root, listings[part].files, side)
 
     kept, images = read(split)
     unreadable = sorted(set(range(len(files))) - set(kept.tolist()))
     for i in unreadable:
         left_out.setdefault(why_unreadable(files[i]), []).append(_below(root, files[i]))
-    y = np.array(y)[kept]
-    empty = sorted(set(listings[split].labels) - set(y.tolist()))
+    y = np.array(labels_of)[kept]
+    empty = sorted(set(labels_of) - set(y.tolist()))
     if not len(y) or (labels and empty):
         raise UserError(f"{root} has no readable image" + (f" of the class {classes[empty[0]]}" if empty else ""))
     other = "test" if split == "train" else "train"
-    # of photographs of any kind, whether all are grey depends on both splits
     grey = row.channels is None and is_grey(images) and (not listings[other].files or is_grey(read(other)[1]))
     if grey:
         images = images[:, :1]
         say(f"{root}: all images are grey, so they have one channel and are not mirrored (see --channels and --flip)")
-    labelled = torch.from_numpy(y) if classes else None
-    flip, crop = row.flip and not grey and split == "train", crop and split == "train"
-    return ImageData(torch.from_numpy(images), labelled, classes, name, flip, image_size, crop, left_out)
+    labelled, training = torch.from_numpy(y) if classes else None, split == "train"
+    flip = training and row.flip and not grey
+    return ImageData(torch.from_numpy(images), labelled, classes, name, flip, size, training and large, left_out)
 
 
 def _list_splits(root: Path, labels: bool, left_out: dict[str, list[str]]) -> dict[str, "Listing"]:
-    """The images of both splits. Raises UserError where there is none to train on, or classes differ that are needed."""
+    """The images of both splits. Raises UserError where there is none, or where classes that are needed differ."""
     folder, test_folder, unused = split_folders(root)
     train, test = list_images(folder, labels, left_out), None
     if test_folder is not None:
@@ -333,8 +335,9 @@ def _list_splits(root: Path, labels: bool, left_out: dict[str, list[str]]) -> di
             unused, test = [*unused, test_folder], None
         elif test.classes != train.classes:
             if labels:
+                there, here = ", ".join(test.classes), ", ".join(train.classes)
                 raise UserError(
-                    f"{test_folder} has the classes {', '.join(test.classes)}, {folder} has {', '.join(train.classes)}: "
+                    f"{test_folder} has the classes {there}, {folder} has {here}: "
                     "labels are numbers in the order of the names, so both must have the same"
                 )
             train, test = train._replace(classes=[]), test._replace(classes=[])
@@ -362,9 +365,8 @@ def _judge_size(root: Path, files: list[Path], image_size: int | None) -> tuple[
     small = sides[sides["value"] < size]
     if len(small):
         example = f"{_below(root, files[small['file'][0]])}, whose shorter side has {small['value'][0]} pixels"
-        say(
-            f"{root}: {len(small):,} of {len(sides):,} images are smaller than {size} and are enlarged, such as {example}"
-        )
+        count = f"{len(small):,} of {len(sides):,}"
+        say(f"{root}: {count} images are smaller than {size} and are enlarged, such as {example}")
     return size, usual >= round(1.25 * size)  # enlarging images only to crop them would blur them
 
 
@@ -410,14 +412,14 @@ def subfolders(folder: Path) -> list[Path]:
 
 @functools.cache
 def image_suffixes() -> set[str]:
-    """Of all that Pillow reads, and of HEIC, which it reads with pillow-heif."""
+    """Of all that Pillow reads; with pillow-heif that is HEIC, too."""
     with contextlib.suppress(ImportError):
         import pillow_heif  # type: ignore[import-not-found]
 
         pillow_heif.register_heif_opener()
     kinds = Image.registered_extensions().items()
     no_pictures = ("BUFR", "GRIB", "HDF5", "MPEG")
-    return {suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in no_pictures} | {*HEIC, ".avif"}
+    return {suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in no_pictures}
 
 
 def is_image(file: Path) -> bool:
@@ -488,9 +490,14 @@ def list_images(folder: Path, labels: bool = True, left_out: dict[str, list[str]
     left_out = {} if left_out is None else left_out
 
     def sort_out(files: list[Path]) -> list[Path]:
-        if strays := [_below(folder, file) for file in files if not is_image(file)]:
-            left_out.setdefault("not an image", []).extend(strays)
-        return [file for file in files if is_image(file)]
+        images = []
+        for file in files:
+            if is_image(file):
+                images.append(file)
+            else:
+                reason = NO_HEIC if file.suffix.lower() in HEIC else "not an image"
+                left_out.setdefault(reason, []).append(_below(folder, file))
+        return images
 
     own = sort_out([folder / name for name in visible(os.listdir(folder)) if not (folder / name).is_dir()])
     classes = {}
@@ -547,14 +554,6 @@ def describe_folder(name_or_path: str | Path) -> str | None:
     return f"{len(facts)} files, {hashlib.sha256(b''.join(facts)).hexdigest()[:16]}"
 
 
-def compare_folder(name_or_path: str | Path, before: str) -> str:
-    """In words, how a folder differs from what `describe_folder` said of it `before`: its number of images, its newest."""
-    folder = Path(name_or_path).expanduser().resolve()
-    facts = list(_file_facts(folder, _data_files(folder)))
-    newest = os.fsdecode(max(facts, key=lambda fact: max(fact[1].st_mtime, fact[1].st_ctime))[0]) if facts else "none"
-    return f"{folder} has {len(facts)} images and had {before.split()[0]}; the one changed last is {newest}"
-
-
 def _data_files(folder: Path) -> list[Path]:
     """The images of both splits; all files of a folder that holds the data in other formats."""
     train, test, _ = split_folders(folder)
@@ -582,15 +581,6 @@ def _bytes_below(folder: Path, file: Path) -> bytes:
 
 # --- from files to pixels -----------------------------------------------------------------------------------------
 
-TURNS = (  # by EXIF's orientation, 2 to 8
-    Image.Transpose.FLIP_LEFT_RIGHT,
-    Image.Transpose.ROTATE_180,
-    Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-)
 one_at_a_time = threading.Lock()  # for images that need gigabytes
 
 
@@ -619,13 +609,11 @@ def to_8_bits(x: np.ndarray, format: str | None) -> np.ndarray:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned as the camera noted it; a note that cannot be read does not matter."""
-    image.load()  # which turns a TIFF
-    with contextlib.suppress(Exception):
-        return (
-            image.transpose(TURNS[image.getexif().get(0x0112, 1) - 2]) if 2 <= image.getexif()[0x0112] <= 8 else image
-        )
-    return image
+    """Turned as the camera noted it, or as it is where its notes cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # pixels that cannot be read are an error a moment later
+        return image
 
 
 def _decode(path: Path, side: int) -> np.ndarray:
@@ -665,15 +653,15 @@ def why_unreadable(path: Path) -> str:
             start = file.read(12)
         if not start:
             return "empty"
-        if (start[4:8] == b"ftyp" or path.suffix.lower() in HEIC) and ".heic" not in Image.registered_extensions():
-            return "in HEIC, which needs `pip install pillow-heif`"
+        if start[4:8] == b"ftyp" and ".heic" not in image_suffixes():
+            return NO_HEIC
         _decode(path, 8)
     except UserError as error:
         return str(error)
     except UnidentifiedImageError:
         return "in no format that Pillow can open"
     except Image.DecompressionBombError:
-        return f"larger than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels"
+        return "larger than 420 megapixels"
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             return f"not readable ({error.strerror})"
@@ -715,7 +703,7 @@ def _read_all(folder: Path, files: list[Path], read: Callable, value: np.dtype, 
     A record has a file's index and its value; a file of which `read` gives None has none.
     """
     record = np.dtype([("file", "<i8"), ("value", value)])
-    key = hashlib.sha256(os.fsencode(folder) + f"\0{value}\0{'.heic' in Image.registered_extensions()}\n".encode())
+    key = hashlib.sha256(os.fsencode(folder) + f"\0{value}\0{'.heic' in image_suffixes()}\n".encode())
     for name, status in _file_facts(folder, files):
         key.update(name + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     cache = CACHE / f"{key.hexdigest()[:32]}.bin"

@@ -27,15 +27,16 @@ WIDTH = 960  # of the picture, in pixels: as wide as a notebook's page
 
 
 def choices():
-    """{title: ({"raw": path, "ema": path}, class names)} of the conditional models that are there, the course's too."""
+    """{name: (title, {"raw": path, "ema": path}, class names)} of the conditional models that are there."""
     found = {}
     for name in ("fashion_mnist", "cifar10"):
         path = figures.CHECKPOINTS / f"{name}_conditional.safetensors"
         if path.is_file():
-            found[DATASETS[name].title] = {"raw": path, "ema": path}, load(path, "ema")[2]["data"]["classes"]
+            found[name] = DATASETS[name].title, {"raw": path, "ema": path}, load(path, "ema")[2]["data"]["classes"]
     course = [figures.CHECKPOINTS / f"{name}.pt" for name in ("conditional_ckpt", "conditional_ema_ckpt")]
     if all(path.is_file() for path in course):
-        found["the course's"] = {"raw": course[0], "ema": course[1]}, figures.CIFAR10_CLASSES
+        classes = found["cifar10"][2] if "cifar10" in found else list(map(str, range(10)))
+        found["course"] = "the course's", {"raw": course[0], "ema": course[1]}, classes
     return found
 
 
@@ -79,7 +80,7 @@ def show():
     models = choices()
     wide = {"style": {"description_width": "90px"}, "layout": {"width": "460px"}}
     lazy = wide | {"continuous_update": False}
-    data = widgets.ToggleButtons(options=list(models), description="model")
+    data = widgets.ToggleButtons(options=[(title, name) for name, (title, *_) in models.items()], description="model")
     label = widgets.ToggleButtons(options=[("", 0)], description="class", style={"button_width": "auto"})
     scale = widgets.SelectionSlider(options=list(SCALES), value="3", description="guidance", **lazy)
     interval = widgets.IntRangeSlider(value=(0, 999), min=0, max=999, description="guided for t", **lazy)
@@ -93,10 +94,10 @@ def show():
     latest, waiting = {}, []
 
     def name_classes(_=None):
-        label.options = [(name, i) for i, name in enumerate(models[data.value][1])]
+        label.options = [(name, i) for i, name in enumerate(models[data.value][2])]
 
     def redraw():
-        files, _ = models[data.value]
+        _, files, _ = models[data.value]
         model, diffusion, config = load(files["ema" if ema.value else "raw"], "ema" if ema.value else "raw")
         options = {"sampler": sampler.value, "steps": steps.value, "seed": seed.value}
         start = time.perf_counter()
@@ -127,5 +128,7 @@ def show():
     surprise.on_click(surprise_me)
     walk.observe(scrub, "value")
     redraw()
+    if figures.PUBLISHING:
+        return figures.still(image.value, f"{', '.join(ROWS)}")
     rows = [data, label, (scale, interval), (sampler, steps), (ema, seed, surprise), status, image, walk]
     return widgets.VBox([widgets.HBox(row) if isinstance(row, tuple) else row for row in rows])

@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+import weights
 from ddpm_conditional import drop_labels, with_labels
 from image_data import augment
 from modules import EMA
@@ -49,20 +50,6 @@ from utils import (
     say,
     to_uint8,
     write_json,
-)
-from weights import (
-    STATES,
-    build_diffusion,
-    build_model,
-    check_image_size,
-    find_kind,
-    image_shape,
-    load_state,
-    load_weights,
-    read_checkpoint,
-    save_checkpoint,
-    save_state,
-    select_weights,
 )
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -111,9 +98,9 @@ class Run:
         if settings["precision"] is None:  # it is found by timing, and all processes must agree
             settings["precision"] = from_rank_0(pick_precision(self.device), world)
         torch.manual_seed(settings["seed"])
-        self.model = build_model(config["model"]).to(self.device, memory_format=torch.channels_last).train()
-        check_image_size(self.model, config["data"]["image_size"])
-        self.diffusion = build_diffusion(config["diffusion"]).to(self.device)
+        self.model = weights.build_model(config["model"]).to(self.device, memory_format=torch.channels_last).train()
+        weights.check_image_size(self.model, config["data"]["image_size"])
+        self.diffusion = weights.build_diffusion(config["diffusion"]).to(self.device)
         self.emas = {f"ema_{b:g}": EMA(b, settings["ema_start"]) for b in settings["ema_betas"]}
         self.ema_models = {kind: EMA.copy_of(self.model) for kind in self.emas}
         fused = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
@@ -123,20 +110,18 @@ class Run:
 
     def start_from(self, path):
         """Take over the weights of a checkpoint, raw and averaged, as far as it has both."""
-        tensors, config = read_checkpoint(path)
+        tensors, config = weights.read_checkpoint(path)
         kinds = {name.split("/")[0] for name in tensors}
         if "raw" not in kinds:
-            say(f"{path} has no raw weights: training starts from {find_kind(tensors, None, config, path)}")
-        for network, kind in (
-            (self.model, "raw" if "raw" in kinds else None),
-            *((m, None) for m in self.ema_models.values()),
-        ):
-            weights, own = select_weights(tensors, kind, config, path), network.state_dict()
-            there, here = (state.pop("label_emb.weight", torch.zeros(0, 0)) for state in (weights, own))
+            say(f"{path} has no raw weights: training starts from {weights.find_kind(tensors, None, config, path)}")
+        kind_of = dict.fromkeys(self.ema_models.values()) | {self.model: "raw" if "raw" in kinds else None}
+        for network, kind in kind_of.items():
+            state, own = weights.select_weights(tensors, kind, config, path), network.state_dict()
+            there, here = (s.pop("label_emb.weight", torch.zeros(0, 0)) for s in (state, own))
             if len(there) != len(here):
                 say(f"{path} was trained on {len(there)} classes, not {len(here)}: the labels are learnt anew")
                 there = here
-            load_weights(network, weights | ({"label_emb.weight": there} if len(here) else {}), path)
+            weights.load_weights(network, state | ({"label_emb.weight": there} if len(here) else {}), path)
 
     def state(self):
         """All that is needed to go on from here, for torch.save."""
@@ -154,8 +139,8 @@ class Run:
         self.step, self.losses = state["step"], state["losses"][: state["step"]].tolist()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for kind, weights in state["emas"].items():
-            self.ema_models[kind].load_state_dict(weights)
+        for kind, average in state["emas"].items():
+            self.ema_models[kind].load_state_dict(average)
             self.emas[kind].step = state["step"]
         self.scaler.load_state_dict(state["scaler"])
 
@@ -309,95 +294,78 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
     # The first step also warms up, and compiles: it is not timed.
     timed_to = TIMED_STEPS if settings["steps"] is None else run.step + 6
     timed_from, started = min(run.step + 1, timed_to - 1), time.monotonic()
+    every = 1 if run.device.type == "cpu" else 10  # reading a loss makes a GPU wait: look at ten at a time
     with bar:
         for loss in steps(run):
             unread.append(loss)
             bar.update()
             grid_is_due = sample_every and run.step % sample_every == 0
-            timing = run.step in (timed_from, timed_to)
-            if (
-                run.device.type != "cpu"
-                and run.step % 10
-                and run.step != settings["steps"]
-                and not grid_is_due
-                and not timing
-            ):
-                continue  # reading a loss makes a GPU wait: look at ten at a time
+            if run.step % every and run.step not in (timed_from, timed_to, settings["steps"]) and not grid_is_due:
+                continue
             folder.read_losses(run, unread)
-            if timing:
-                now = time.monotonic()
-                if run.step == timed_to:
-                    fix_or_tell_length(run, (now - started) / (timed_to - timed_from), minutes)
-                    if settings["steps"] != bar.total:
-                        bar.reset(total=settings["steps"])
-                        bar.update(run.step)
-                        folder.save(run)
-                started = now
+            if run.step == timed_from:
+                started = time.monotonic()
+            elif run.step == timed_to:
+                say_or_fix_length(run, (time.monotonic() - started) / (timed_to - timed_from), minutes)
+                if settings["steps"] != bar.total:
+                    bar.reset(total=settings["steps"])
+                    bar.update(run.step)
+                    folder.save(run)
             bar.set_postfix(loss=f"{sum(run.losses[-100:]) / len(run.losses[-100:]):.4f}", refresh=False)
-            if any_process(stop_requested(), run.world, run.device):
-                folder.stop(run)
             if run.rank == 0 and grid_is_due:
                 folder.sample_grid(run, stop_requested)
+            if any_process(stop_requested(), run.world, run.device):
+                folder.stop(run)
             if folder.save_is_due():
                 folder.save(run)
     folder.finish(run)
 
 
-def fix_or_tell_length(run, step_seconds, minutes):
-    """From a step's time: how many steps --minutes are, for good, or how long a run of known length takes."""
-    settings = run.config["train"]
+def say_or_fix_length(run, step_seconds, minutes):
+    """From a step's time: how many minutes the run takes, or for good how many steps --minutes are."""
+    settings, notice = run.config["train"], "{minutes:g} minutes are {steps} steps here"
     if settings["steps"] is not None:
-        left = (settings["steps"] - run.step) * step_seconds / 60
-        if run.rank == 0 and left > 1:
-            say(f"{settings['steps']:,} steps: {left:.0f} more minutes here")
+        minutes = (settings["steps"] - run.step) * step_seconds / 60
+        if run.rank == 0 and minutes > 1:
+            say(f"{settings['steps']:,} steps: {minutes:.0f} more minutes here")
         return
     wanted = round(60 * minutes / step_seconds)
     settings["steps"] = from_rank_0(min(MAX_STEPS, max(run.step, wanted)), run.world)
-    if run.rank == 0 and wanted < run.step:
-        say(f"the run has {run.step} steps: {minutes:g} minutes would be fewer, but these had to be timed")
-    elif run.rank == 0:
-        say(f"{minutes:g} minutes are {settings['steps']} steps here")
-    say_length(run)
+    if wanted < run.step:
+        notice = "the run has {steps} steps: {minutes:g} minutes would be fewer, but these had to be timed"
+    say_length(run, notice=notice.format(minutes=minutes, steps=settings["steps"]))
 
 
-def say_length(run, minutes=None):
+def say_length(run, minutes=None, notice=""):
     """Say what the run's length, once it is known, means for what was asked for."""
     settings = run.config["train"]
     total, start = settings["steps"], settings["ema_start"]
-    if run.rank > 0:
-        return
     if minutes and run.step >= total:
-        say(f"the run's length was fixed at {total} steps: --epochs makes it longer, --minutes does not")
-    if total < FEW_STEPS and not settings.get("init"):
-        say(f"{total} steps are few: expect hardly more than noise before {FEW_STEPS:,} (--epochs, --minutes)")
-    if run.emas and total <= start:
-        say(
-            f"the averages begin at step {start}, and the run ends at {total}: they will be copies of the raw weights "
-            "(--ema-start)"
-        )
-
-
-def take_over(settings, started):
-    """Fill in what --minutes, or no --precision, left to the machine: as the run that was `started` had it."""
-    for name in ("steps", "precision"):
-        if settings[name] is None:
-            settings[name] = started[name]
+        notice = f"the run's length was fixed at {total} steps: --epochs makes it longer, --minutes does not"
+    few = f"{total} steps are few: expect hardly more than noise before {FEW_STEPS:,} (--epochs, --minutes)"
+    copies = f"the averages begin at step {start}, after the run's last: they will be copies of the raw weights"
+    told = {notice: notice, few: total < FEW_STEPS and not settings.get("init"), copies: run.emas and total <= start}
+    for line, true in told.items():
+        if true and run.rank == 0:
+            say(line)
 
 
 def check_settings(config, started, out):
     """Raise UserError where `out`'s run, started with the configuration `started`, had other settings than `config`.
 
-    The number of steps may differ: a run can be made longer.
+    What --minutes, or no --precision, left to the machine is taken over. A run may be made longer.
     """
+    for name in ("steps", "precision"):
+        if config["train"][name] is None:
+            config["train"][name] = started["train"][name]
     for section in config:
         defaults = DEFAULTS if section == "train" else {}
         ours, theirs = ({**defaults, **c.get(section, {})} for c in (config, started))
         for name in {**ours, **theirs}:
             if ours.get(name) != theirs.get(name) and name != "steps":
-                raise UserError(
-                    f"{out} was started with {name} = {theirs.get(name)}, not {ours.get(name)}: --resume goes on with "
-                    "the same settings only; use another --out"
-                )
+                settings = f"{name} = {theirs.get(name)}, not {ours.get(name)}"
+                hint = "--resume goes on with the same settings only; use another --out"
+                raise OtherSettings(f"{out} was started with {settings}: {hint}", name, theirs.get(name))
 
 
 class RunFolder:
@@ -419,11 +387,11 @@ class RunFolder:
 
         Settings that depend on the machine's speed are taken over from it; what a kill left behind is cleared away.
         """
-        state, path = load_state(self.path)
+        state, path = weights.load_state(self.path)
         if self.world > 1:
             dist.barrier()  # rank 0 writes to the folder only when all have read it
         if self.rank == 0:
-            older = [p for p in sorted(self.path.glob(STATES)) if path and p < path]
+            older = [p for p in sorted(self.path.glob(weights.STATES)) if path and p < path]
             for leftover in (*(p for half in self.HALF_WRITTEN for p in self.path.glob(half)), *older[:-1]):
                 leftover.unlink()
         if state is None:
@@ -433,7 +401,6 @@ class RunFolder:
         if not resume:
             raise UserError(f"{self.path} holds a run already: add --resume to go on with it, or use another --out")
         settings, step, started = config["train"], state["step"], json.loads(state["config"])
-        take_over(settings, started["train"])
         check_settings(config, started, self.path)
         if settings["steps"] is not None and settings["steps"] < step:
             raise UserError(f"the run in {self.path} has made {step} steps already, more than {settings['steps']}")
@@ -450,7 +417,7 @@ class RunFolder:
             return
         if not all(p.isfinite().all() for p in run.model.parameters()):
             raise self.diverged(run, run.step)
-        self.states = save_state(self.path, run.state(), self.states)
+        self.states = weights.save_state(self.path, run.state(), self.states)
         self.last_step, self.saved_at = run.step, time.monotonic()
         self.save_seconds = self.saved_at - start
 
@@ -483,7 +450,7 @@ class RunFolder:
         model = next(iter(run.ema_models.values()), run.model)
         labels = torch.arange(n) % model.num_classes if model.num_classes else None
         x = run.diffusion.trajectory(
-            with_labels(model, labels), image_shape(model, run.config), range(n), sampler="dpm"
+            with_labels(model, labels), weights.image_shape(model, run.config), range(n), sampler="dpm"
         )
         with autocast(run.device, run.config["train"]["precision"]):
             for images in x:
@@ -495,11 +462,18 @@ class RunFolder:
         if self.last_step != run.step:
             self.save(run)
         if self.rank == 0:
-            weights = {"raw": run.model.state_dict()} | {k: m.state_dict() for k, m in run.ema_models.items()}
-            save_checkpoint(self.path / "model.safetensors", weights, run.config, torch.tensor(run.losses))
+            states = {kind: model.state_dict() for kind, model in {"raw": run.model, **run.ema_models}.items()}
+            weights.save_checkpoint(self.path / "model.safetensors", states, run.config, torch.tensor(run.losses))
             write_json(self.path / "config.json", run.config)
         if self.world > 1:
             dist.barrier()  # nobody looks for the weights before they are there
+
+
+class OtherSettings(UserError):
+    """A run was started with other settings; args: the message, the setting's name, and how it was."""
+
+    def __str__(self):
+        return self.args[0]
 
 
 class Held(UserError):

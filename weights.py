@@ -7,6 +7,7 @@ of the course's networks (a .pt) serve as well. Of a pickle only tensors and pla
 A run's state is in state_STEP_HASH.pt: HASH is the contents' SHA-256, so that damage is noticed.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -189,7 +190,7 @@ def what_it_is(path):
     with open(path, "rb") as file:
         start = file.read(1000).lstrip().lower()
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+        with contextlib.suppress(zipfile.BadZipFile, ValueError, NotImplementedError), zipfile.ZipFile(path) as archive:
             if not any(name.endswith("data.pkl") for name in archive.namelist()):
                 return "a zip archive: unpack it first"
     for beginning, description in {

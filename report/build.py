@@ -4,6 +4,7 @@
     python report/build.py notebooks --inplace       the same, and keep the outputs in notebooks/ (for authors)
     python report/build.py pdf --lastname Perez      typeset report/report.typ as report/Perez_DDPM.pdf
     python report/build.py pdf --publish             the same, and keep a copy in report/published/ (for authors)
+    python report/build.py pdf --allow-missing       the same with the figures that there are
     python report/build.py tables                    fill in the tables of the README files (for authors)
 
 The report shows a figure or a number only where its file is there, and only if the weights and statistics that it was
@@ -11,6 +12,7 @@ made from are those in checkpoints/: what is out of date is an error that says w
 """
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -26,7 +28,7 @@ from figures import CHECKPOINTS, FIGURES, PICTURES, RESULTS, sha256  # noqa: E40
 from report import tables  # noqa: E402
 from utils import ArgumentParser, UserError, atomic_path, command_line, progress  # noqa: E402
 
-LEAD = "four_way_fashion_mnist.svg"  # the picture at the top of README.md
+KEPT = ("four_way_fashion_mnist.svg", "denoising.gif")  # figures that README.md shows, and so are in the repository
 TIMESTAMP = 1_700_000_000  # of every PDF, so that equal contents are equal bytes
 
 
@@ -69,6 +71,7 @@ def execute_notebook(path, out, timeout=600):
 
 
 def run_notebooks(args):
+    os.environ["DDPM_PUBLISHING"] = "1"  # see figures.py
     paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
     known = [path.stem for path in paths]
     if unknown := [name for name in args.names if name not in known]:
@@ -82,11 +85,12 @@ def run_notebooks(args):
             out = path if args.inplace else ROOT / "build" / path.name
             execute_notebook(path, out)
             print(f"wrote {out.relative_to(ROOT)} ({time.monotonic() - start:.0f} s)")
-    if args.inplace and (FIGURES / LEAD).exists():
-        shutil.copyfile(FIGURES / LEAD, PICTURES / LEAD)
+    for name in KEPT:
+        if args.inplace and (FIGURES / name).exists():
+            shutil.copyfile(FIGURES / name, PICTURES / name)
 
 
-# --- what the report may use -------------------------------------------------------------------------------------------
+# --- what the report may use ---------------------------------------------------------------------------------------
 
 
 def stale_sources(value, data=None):
@@ -141,30 +145,43 @@ def available():
     return {"figures": figures, "results": results}
 
 
-# --- the PDF ------------------------------------------------------------------------------------------------------------
+def missing_figures():
+    """The names of the figures that the report shows and no notebook has drawn yet."""
+    text = "".join(path.read_text() for path in REPORT.glob("*.typ"))
+    return sorted(set(re.findall(r'picture\("(\w+)"', text)) - {path.stem for path in FIGURES.glob("*.json")})
 
 
-def build_pdf(lastname, out=None):
+# --- the PDF -------------------------------------------------------------------------------------------------------
+
+
+def typst_options(lastname):
+    """What the compiler is given; its root is the repository, because the report quotes the code."""
+    inputs = {"lastname": lastname, "available": json.dumps(available())}
+    return {"root": REPORT.parent, "ignore_system_fonts": True, "sys_inputs": inputs}
+
+
+def build_pdf(lastname, out=None, allow_missing=True):
     """Typeset the report; returns the PDF's path. Raises UserError."""
     import typst
 
     if not re.fullmatch(r"[^\W_][\w' -]*", lastname):
         raise UserError(f"LASTNAME={lastname!r} cannot be part of a file name: use letters")
+    if not allow_missing and (missing := missing_figures()):
+        todo = "run `python report/build.py notebooks`, or go on without them by --allow-missing"
+        raise UserError(f"{len(missing)} figures are not drawn yet ({', '.join(missing)}): {todo}")
     out = out or REPORT / f"{lastname}_DDPM.pdf"
-    inputs = {"lastname": lastname, "available": json.dumps(available())}
     try:
-        pdf = typst.compile(
-            REPORT / "report.typ", root=REPORT, ignore_system_fonts=True, sys_inputs=inputs, timestamp=TIMESTAMP
-        )
+        pdf = typst.compile(REPORT / "report.typ", timestamp=TIMESTAMP, **typst_options(lastname))
     except typst.TypstError as error:
-        raise UserError(f"report.typ does not compile: {error}") from error
+        place = re.search(r"┌─ (\S+)", error.diagnostic)  # file:line:column
+        raise UserError(f"{place[1] if place else 'the report'} does not compile: {error.message}") from error
     with atomic_path(out) as temporary:
         temporary.write_bytes(pdf)
     return out
 
 
 def run_pdf(args):
-    path = build_pdf(args.lastname)
+    path = build_pdf(args.lastname, allow_missing=args.allow_missing)
     print(f"wrote {path.relative_to(ROOT)}")
     if args.publish:
         shutil.copyfile(path, REPORT / "published" / path.name)
@@ -188,6 +205,7 @@ def main(argv=None):
     pdf = commands.add_parser("pdf", help="typeset the report")
     pdf.add_argument("--lastname", default="Lastname", help="the name on it and in its file name (default: Lastname)")
     pdf.add_argument("--publish", action="store_true", help="also write it to report/published/ (for authors)")
+    pdf.add_argument("--allow-missing", action="store_true", help="go on where figures have not been drawn")
     pdf.set_defaults(run=run_pdf)
     commands.add_parser("tables", help="fill in the tables of the README files").set_defaults(run=run_tables)
     args = parser.parse_args(argv)

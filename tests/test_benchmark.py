@@ -103,7 +103,8 @@ def test_every_comparison_runs(name, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "measure_alone", benchmark.measure)
     monkeypatch.setattr(benchmark, "AT_LEAST", 0)
     monkeypatch.setattr(benchmark, "TURNS", 1)
-    monkeypatch.setattr(benchmark, "load_model", lambda c, n: (model, Diffusion(20), (1, 8, 8), torch.arange(n) % 2))
+    monkeypatch.setattr(benchmark, "IMAGE", (1, 8, 8))
+    monkeypatch.setattr(benchmark, "load_model", lambda c, n: (model, Diffusion(20), torch.arange(n) % 2))
     benchmark.main(["--only", name, "--json-out", str(out)])
     row, *memory = json.loads(out.read_text())["rows"]
     assert row["command"] == f"python benchmark.py --only {name}" and len(memory) == (unit == "steps/s")
@@ -154,7 +155,7 @@ def test_samplers_are_compared_by_steps(monkeypatch):
     ):  # brighter with more steps, for the stand-in of a distance
         return torch.full((n, *shape), steps / 127.5 - 1)
 
-    monkeypatch.setattr(benchmark, "load_model", lambda *_: (None, SimpleNamespace(sample=sample), None, None))
+    monkeypatch.setattr(benchmark, "load_model", lambda *_: (None, SimpleNamespace(sample=sample), None))
     monkeypatch.setattr(benchmark.evaluate, "evaluate_samples", lambda x, data_name: {"frechet_distance": int(x.max())})
     rows = list(benchmark.compare_samplers("samplers"))
     assert [row["checkpoint"] for row in rows] == ["grid_cosine_l2.safetensors", "fashion_mnist.safetensors"]

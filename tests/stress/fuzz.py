@@ -467,7 +467,7 @@ FILES = {
         "photos/*/*",
         [(ddpm_conditional.main, f"{TRAIN} --data photos"), (download_datasets.main, "cifar10 --from photos")],
     ),
-    "lone picture": (
+    "lone": (
         1,
         "lone/*",
         [
