@@ -243,9 +243,9 @@ def run_train(args):
     try:
         path = training.train(config, data, args.out, **{name: getattr(args, name) for name in options})
     except training.OtherSettings as other:
-        message, name, before = other.args
-        if name == "folder" and before:
-            message += f" ({compare_folder(args.data, before)})"
+        message, section, before = other.args
+        if section == "data" and before.get("folder") and Path(args.data).is_dir():
+            message += f" ({compare_folder(args.data, before['folder'])})"
         raise UserError(message) from other
     if training.is_main():
         print(f"wrote {path}")

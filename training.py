@@ -365,7 +365,7 @@ def check_settings(config, started, out):
             if ours.get(name) != theirs.get(name) and name != "steps":
                 settings = f"{name} = {theirs.get(name)}, not {ours.get(name)}"
                 hint = "--resume goes on with the same settings only; use another --out"
-                raise OtherSettings(f"{out} was started with {settings}: {hint}", name, theirs.get(name))
+                raise OtherSettings(f"{out} was started with {settings}: {hint}", section, theirs)
 
 
 class RunFolder:
@@ -470,7 +470,7 @@ class RunFolder:
 
 
 class OtherSettings(UserError):
-    """A run was started with other settings; args: the message, the setting's name, and how it was."""
+    """A run was started with other settings; args: the message, the configuration's section, and what it was."""
 
     def __str__(self):
         return self.args[0]
