@@ -3,14 +3,16 @@
 import argparse
 import functools
 import math
+import re
 from pathlib import Path
 
 import torch
 
 import training
-from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, noise_level
+import weights
+from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, beta_schedule, noise_level
 from ddpm_conditional import guided, predictor
-from image_data import describe_folder, load_data
+from image_data import DATASETS, compare_folder, decode_image, describe, describe_folder, load_data
 from modules import BLOCKS
 from utils import (
     PRECISIONS,
@@ -18,6 +20,7 @@ from utils import (
     UserError,
     autocast,
     check_writable,
+    generator,
     image_grid,
     natural,
     number,
@@ -27,14 +30,18 @@ from utils import (
     progress,
     save_gif,
     save_grid,
+    say,
     sha256,
     stream_samples,
+    to_model,
     to_uint8,
 )
-from weights import image_shape, images_seen, load_checkpoint, read_checkpoint, save_checkpoint, select_weights
 
 MODELS = {"patch": "PatchUNet", "course": "UNet"}
 SHAPE_FLAGS = ["width", "mults", "depth", "patch", "block", "attention"]  # PatchUNet's
+EPOCHS, BATCH_SIZE = 5, 128
+# Of one's own images there may be few. So many steps of so many images take two cores ten minutes at 64 x 64.
+OWN_STEPS, OWN_BATCH_SIZE = 2000, 32
 
 
 def make_parser(description, data, shape, conditional=False):
@@ -51,8 +58,8 @@ def make_parser(description, data, shape, conditional=False):
     add_sample_flags(sample, conditional)
     sample.set_defaults(run=run_sample)
 
-    publish = commands.add_parser("publish", help="make a small checkpoint of a finished run")
-    publish.add_argument("--run", type=Path, required=True, dest="folder", help="a finished run's folder")
+    publish = commands.add_parser("publish", help="make a small checkpoint of a run")
+    publish.add_argument("--run", type=Path, required=True, dest="checkpoint", help="a run's folder")
     publish.add_argument("--weights", nargs="+", default=["ema"], help="raw, ema, or ema_BETA")
     publish.add_argument("--out", type=Path, required=True, help="the checkpoint to write, half precision")
     publish.set_defaults(run=run_publish)
@@ -71,18 +78,24 @@ def add_train_flags(parser, conditional, shape):
     if shape:
         network += f" (here with {' '.join(to_flag(name, value) for name, value in shape.items())})"
     parser.set_defaults(conditional=conditional, shape=shape)
-    add("--data", default="fashion_mnist", help="fashion_mnist, cifar10, cifar10-64, landscapes, or a folder of images")
+    add("--data", default="fashion_mnist", help=f"{', '.join(DATASETS)}, or a folder of images")
     add("--image-size", type=number(int, 1, 4096), help="side of the training images (default: the data's own)")
+    add("--channels", type=int, choices=[1, 3], help="grey or RGB (default: the data's own)")
     add("--flip", action=argparse.BooleanOptionalAction, help="random horizontal flips (default: as suits the data)")
-    add("--schedule", choices=SCHEDULES, default="linear", help="the beta schedule")
+    add("--schedule", choices=list(SCHEDULES), default="linear", help="the beta schedule")
     add("--timesteps", type=positive, default=1000, metavar="T", help="steps of the diffusion process")
     add("--loss", choices=list(LOSSES), default="l2", help="between true and predicted noise")
-    add("--objective", choices=OBJECTIVES, default="simple", help="vlb: the bound's true weights (l2 only)")
+    add("--objective", choices=list(OBJECTIVES), default="simple", help="vlb: the bound's true weights (l2 only)")
+    sampling = "how t is drawn; vlb: in proportion to the bound's weights"
+    add("--timestep-sampling", choices=list(training.TIMESTEP_SAMPLING), default="uniform", help=sampling)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=number(float, 0, 1e9, above=True), default=5, help="passes over the data")
+    passes = f"passes over the data (default: {EPOCHS}, of your own images enough for {OWN_STEPS} steps)"
+    length.add_argument("--epochs", type=number(float, 0, 1e9, above=True), help=passes)
     length.add_argument("--minutes", type=number(float, 0, 1e9, above=True), help="train this long instead of --epochs")
-    add("--batch-size", type=number(int, 1, 10**6), default=128, help="images per step, over all processes")
-    add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate, constant")
+    batch = f"images per step, over all processes (default: {BATCH_SIZE}, of your own {OWN_BATCH_SIZE})"
+    add("--batch-size", type=number(int, 1, 10**6), help=batch)
+    add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate")
+    add("--cooldown", type=number(float, 0, 1), default=0.0, metavar="F", help="lower it to 0 over this last share")
     add("--optimizer", choices=list(training.OPTIMIZERS), default="adam", help="optimizer")
     add("--seed", type=natural, default=0, help="of the weights and of every random draw")
     add("--model", choices=list(MODELS), default="patch", help=f"patch: {network}; course: the course's")
@@ -92,38 +105,50 @@ def add_train_flags(parser, conditional, shape):
     add("--patch", type=number(int, 1, 64), help="side of the pixel blocks that the network works on (patch)")
     add("--block", choices=list(BLOCKS), help="kind of block (patch)")
     add("--attention", action=argparse.BooleanOptionalAction, help="linear attention at the outer levels (patch)")
-    add("--ema-beta", type=number(float, 0, 0.999999), nargs="+", default=[0.995], help="one or more averages to keep")
+    add(
+        "--ema-beta",
+        dest="ema_betas",
+        type=number(float, 0, 0.999999),
+        nargs="+",
+        default=[0.995],
+        help="one or more averages to keep",
+    )
     add("--ema-start", type=number(int, 0), default=500, help="the average is a plain copy until this step")
     if conditional:
         add("--p-uncond", type=number(float, 0, 1), default=0.1, help="how often the label is dropped")
         add("--label-dropout", choices=["example", "batch"], default="example", help="one coin per image, or per batch")
     add("--precision", choices=list(PRECISIONS), help="default: the fastest the device really has")
-    add("--compile", action="store_true", help="torch.compile the network")
+    add("--compile", dest="compiled", action="store_true", help="torch.compile the network")
     add("--accumulate", type=positive, default=1, help="passes per optimizer step: same batch, less memory")
     add("--sample-every", type=number(int, 0), default=500, help="steps between sample grids; 0: none")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--resume", action="store_true", help="go on with an interrupted run; starts one where there is none")
-    add(
-        "--init",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="start from a published run's raw weights (use --ema-start 0 to keep its average)",
-    )
+    init = "start from the weights of a checkpoint (use --ema-start 0 to keep its average)"
+    add("--init", type=Path, metavar="CHECKPOINT", help=init)
 
 
 def add_sample_flags(parser, conditional):
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help=".safetensors of this project or .pt of the course")
+    add("--checkpoint", type=Path, required=True, help="a .safetensors, a run's folder or state, the course's .pt")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images, in all")
-    add("--sampler", choices=SAMPLERS, default="ddim", help="ddpm: ancestral; ddim; dpm: second order")
-    add("--steps", type=positive, help="network evaluations per image (default: ddpm all T, ddim 50, dpm 20)")
-    add("--eta", type=number(float, 0, 1), help="noise: 0 none, 1 as much as DDPM (default: ddim 0, dpm 1)")
+    add(
+        "--image-size", type=number(int, 1, 4096), help="side of the images (default: as in training; the course's: 64)"
+    )
+    add("--sampler", choices=list(SAMPLERS), default="ddim", help="ddpm: ancestral; ddim; dpm: second order")
+    steps = ", ".join(f"{name} {sampler.steps or 'all T'}" for name, sampler in SAMPLERS.items())
+    add("--steps", type=positive, help=f"network evaluations per image (default: {steps})")
+    etas = ", ".join(f"{name} {row.eta:g}" for name, row in SAMPLERS.items() if row.eta is not None)
+    add("--eta", type=number(float, 0, 1), help=f"noise: 0 none, 1 as much as DDPM (default: {etas})")
     add("--variance", choices=["posterior", "beta"], help="DDPM's noise (default: posterior)")
     add("--clip", action=argparse.BooleanOptionalAction, default=True, help="keep the predicted x0 within [-1, 1]")
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged or raw weights (default: averaged if there are)")
     if conditional:
-        add("--labels", default="all", help="all, none, or class indices such as 0,1,2; --n is spread over them")
+        labels = "all, none, or classes by name or number, such as cat,dog or 0,1; --n is spread over them"
+        add("--labels", default="all", help=labels)
         add("--cfg-scale", type=number(float, 0), default=0.0, help="guidance: 0 (or 1) none")
+        add("--cfg-interval", type=natural, nargs=2, metavar=("LOW", "HIGH"), help="guide where LOW <= t <= HIGH only")
+    add("--start-from", type=Path, metavar="IMAGE", help="begin with this image, noised, instead of with noise alone")
+    add("--strength", type=number(float, 0, 1, above=True), default=0.6, help="how far it is noised; 1: to t = T-1")
     add("--batch-size", type=positive, default=250, help="images denoised at once (a .gif: all)")
     add("--seed", type=natural, default=0, help="image i depends on (seed, i) only")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -134,24 +159,27 @@ def add_sample_flags(parser, conditional):
 
 
 def make_config(args, data):
-    """The run's configuration, from the flags and the data; PatchUNet's shape is the script's but for the flags given."""
-    channels = data.images.shape[1]
+    """The run's configuration, from the flags and the data. PatchUNet's shape is the script's but for given flags."""
     given = {flag: value for flag in SHAPE_FLAGS if (value := getattr(args, flag)) is not None}
     if args.model == "course" and (useless := [flag for flag in given if flag != "width"]):
         raise UserError(f"--model course has a shape of its own: leave {to_flag(useless[0], given[useless[0]])} out")
     shape = (args.shape if args.model == "patch" else {}) | given
-    model = {"name": MODELS[args.model], "channels": channels} | shape
+    model = {"name": MODELS[args.model], "channels": data.images.shape[1]} | shape
     if args.conditional:
-        if data.labels is None:
-            raise UserError(f"{args.data} has no labels, which a conditional model needs: use class folders")
         model["num_classes"] = len(data.classes)
         if args.model == "course":
             model["name"] = "UNet_conditional"
     if args.objective == "vlb" and args.loss != "l2":
         raise UserError(f"--objective vlb is defined for --loss l2 only, not {args.loss}")
-    steps = None if args.minutes else max(1, round(args.epochs * len(data) / args.batch_size))
+    if args.objective == args.timestep_sampling == "vlb":
+        raise UserError("--objective vlb and --timestep-sampling vlb would count the bound's weights twice: choose one")
+    own = args.data not in DATASETS
+    batch_size = args.batch_size or (OWN_BATCH_SIZE if own else BATCH_SIZE)
+    steps = None if args.minutes else max(1, round((args.epochs or EPOCHS) * len(data) / batch_size))
     if steps and steps > training.MAX_STEPS:
         raise UserError(f"--epochs {args.epochs:g} would be {steps:,} steps: that is a mistake")
+    if own and steps and not args.epochs:
+        steps = max(steps, OWN_STEPS)
     return {
         "model": model,
         "diffusion": {"timesteps": args.timesteps, "schedule": args.schedule, "objective": args.objective},
@@ -164,17 +192,9 @@ def make_config(args, data):
             "folder": describe_folder(args.data),
         },
         "train": {
-            "loss": args.loss,
+            **{name: getattr(args, name, None) for name in training.DEFAULTS},
             "steps": steps,
-            "batch_size": args.batch_size,
-            "lr": args.lr,
-            "optimizer": args.optimizer,
-            "seed": args.seed,
-            "precision": args.precision,
-            "ema_betas": args.ema_beta,
-            "ema_start": args.ema_start,
-            "p_uncond": getattr(args, "p_uncond", None),
-            "label_dropout": getattr(args, "label_dropout", None),
+            "batch_size": batch_size,
             "init": describe_init(args.init) if args.init else None,
         },
     }
@@ -182,32 +202,51 @@ def make_config(args, data):
 
 def describe_init(path):
     """What a run remembers of the checkpoint that it starts from; "images": how many that one had seen."""
-    _, config = read_checkpoint(path)
-    return {"checkpoint": path.name, "sha256": sha256(path), "images": images_seen(config["train"])}
+    file, (_, config) = weights.find_checkpoint(path), weights.read_checkpoint(path)
+    return {"checkpoint": file.name, "sha256": sha256(file), "images": weights.images_seen(config["train"])}
 
 
 def load_training(args):
     """The training data that the flags ask for, and the run's configuration."""
-    data = load_data(args.data, "train", args.image_size)
+    data = load_data(args.data, "train", args.image_size, args.channels, labels=args.conditional)
     if args.flip is not None:
         data.flip = args.flip
     return data, make_config(args, data)
 
 
+def say_what_to_expect(args, data, config):
+    """What was read, how long the run is where nobody said, and whether its process ends in noise."""
+    try:
+        test = load_data(args.data, "test", args.image_size, args.channels, labels=args.conditional)
+    except UserError:  # too few images to hold some out
+        test = None
+    say(describe(data, test, labels=args.conditional))
+    steps, batch_size = config["train"]["steps"], config["train"]["batch_size"]
+    if args.data not in DATASETS and not (args.epochs or args.minutes):
+        length = f"{steps:,} steps of {batch_size} images, {steps * batch_size / len(data):,.0f} passes over yours"
+        say(f"{length}: fewer show little (--epochs or --minutes decide otherwise)")
+    timesteps, schedule = args.timesteps, args.schedule
+    weights.build_diffusion(config["diffusion"])  # refuses what is out of range
+    left = {name: (1 - beta_schedule(name, timesteps)).prod().item() for name in SCHEDULES}
+    if left[schedule] > 0.01:
+        best = min(left, key=left.__getitem__)
+        advice = f"--schedule {best} leaves {left[best]:.1%}" if best != schedule else "take more --timesteps"
+        share = f"at T = {timesteps} the {schedule} schedule leaves {left[schedule]:.1%} of the image's variance"
+        say(f"{share}, but samples start from pure noise: {advice}")
+
+
 def run_train(args):
     data, config = load_training(args)
-    path = training.train(
-        config,
-        data,
-        args.out,
-        args.resume,
-        args.device,
-        args.minutes,
-        args.sample_every,
-        args.compile,
-        args.accumulate,
-        args.init,
-    )
+    if training.is_main():
+        say_what_to_expect(args, data, config)
+    options = ("resume", "device", "minutes", "sample_every", "init", "accumulate", "compiled")
+    try:
+        path = training.train(config, data, args.out, **{name: getattr(args, name) for name in options})
+    except training.OtherSettings as other:
+        message, name, before = other.args
+        if name == "folder" and before:
+            message += f" ({compare_folder(args.data, before)})"
+        raise UserError(message) from other
     if training.is_main():
         print(f"wrote {path}")
 
@@ -215,84 +254,120 @@ def run_train(args):
 # --- sample ----------------------------------------------------------------------------------------------------------
 
 
-def parse_labels(text, n, num_classes):
+def parse_labels(text, n, num_classes, classes=()):
     """n labels for --labels: the classes asked for in turn, so that image i's label does not depend on n."""
     if text == "none" or not num_classes:
         if text not in ("none", "all"):
             raise UserError("this checkpoint has no classes: leave --labels out")
         return None
-    try:
-        chosen = list(range(num_classes)) if text == "all" else [int(label) for label in text.split(",")]
-    except ValueError:
-        raise UserError(f"--labels is all, none, or class indices such as 0,1,2, not {text!r}") from None
+    chosen = list(range(num_classes)) if text == "all" else find_classes(text, classes or ())
     if wrong := [label for label in chosen if not 0 <= label < num_classes]:
         raise UserError(f"label {wrong[0]} is out of range: this checkpoint has the classes 0 to {num_classes - 1}")
     return torch.tensor([chosen[i % len(chosen)] for i in range(n)])
 
 
+def find_classes(text, classes):
+    """The labels that a list such as "cat, dog" or "0,1" means. A name may be in another case, and may hold commas."""
+
+    def find(word):
+        same = [i for i, name in enumerate(classes) if name == word]
+        similar = [i for i, name in enumerate(classes) if name.casefold() == word.casefold()]
+        if len(found := same or similar) == 1:
+            if word.isdecimal() and int(word) != found[0]:
+                say(f"--labels {word} is the class called {word}, which is number {found[0]}")
+            return found[0]
+        return int(word) if re.fullmatch("-?[0-9]{1,9}", word) else None
+
+    labels, words = [], text.split(",")
+    while words:
+        for length in range(len(words), 0, -1):  # the longest name that fits
+            if (label := find(",".join(words[:length]).strip())) is not None:
+                break
+        else:
+            names = f" ({', '.join(classes)})" if classes else ""
+            raise UserError(f"--labels is all, none, or classes by name{names} or number, not {words[0]!r}")
+        labels.append(label)
+        words = words[length:]
+    return labels
+
+
 def run_sample(args):
-    suffix = args.out.suffix
+    suffix, sampler = args.out.suffix, SAMPLERS[args.sampler]
     if suffix not in (".png", ".gif", ".npz"):
         raise UserError(f"--out must end in .png, .gif or .npz, not {args.out.name!r}")
-    if args.sampler == "ddpm" and args.eta is not None:
-        raise UserError("--eta is for --sampler ddim or dpm: DDPM's noise is --variance posterior or beta")
+    if sampler.eta is None and args.eta is not None:
+        others = " or ".join(name for name, row in SAMPLERS.items() if row.eta is not None)
+        raise UserError(f"--eta is for --sampler {others} (DDPM's noise is --variance posterior or beta)")
     if args.sampler != "ddpm" and args.variance:
         raise UserError(f"--variance is for --sampler ddpm: {args.sampler}'s noise is --eta")
-    variance = args.variance or "posterior"
-    weights = {None: None, True: "ema", False: "raw"}[args.ema]
     check_writable(args.out)
     device = pick_device(args.device)
-    model, diffusion, config = load_checkpoint(args.checkpoint, weights, device)
+    kind = {None: None, True: "ema", False: "raw"}[args.ema]
+    model, diffusion, config = weights.load_checkpoint(args.checkpoint, kind, device, args.image_size)
+    shape, x_T = weights.image_shape(model, config), None
+    if args.start_from:
+        diffusion, x_T = begin_at(args.start_from, args.strength, diffusion, args.n, shape, args.seed)
     if args.steps and args.steps > diffusion.timesteps:
         raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
-    labels = parse_labels(getattr(args, "labels", "all"), args.n, model.num_classes)
-    cfg_scale = getattr(args, "cfg_scale", 0.0)
-    if labels is None and cfg_scale not in (0, 1):
-        raise UserError(
-            f"--cfg-scale {cfg_scale:g} needs labels to guide towards: "
-            f"{'leave --labels none out' if model.num_classes else 'this checkpoint has no classes'}"
-        )
-    shape = image_shape(model, config)
-    options = {
-        "seed": args.seed,
-        "sampler": args.sampler,
-        "steps": args.steps,
-        "eta": args.eta,
-        "variance": variance,
-        "clip": args.clip,
-    }
-    source = {
+    labels, guidance = choose_guidance(args, model, config)
+    options = {name: getattr(args, name) for name in ("seed", "sampler", "steps", "eta", "clip")}
+    options["variance"] = args.variance or "posterior"
+    source = options | {
         "checkpoint": args.checkpoint.name,
-        "sha256": sha256(args.checkpoint),
+        "sha256": sha256(weights.find_checkpoint(args.checkpoint)),
         "weights": config["weights"],
-        "seed": args.seed,
-        "cfg_scale": cfg_scale,
-        "sampler": args.sampler,
         "eta": noise_level(args.sampler, args.eta),
         "steps": diffusion.step_count(args.sampler, args.steps),
-        "clip": args.clip,
-        "variance": variance if args.sampler == "ddpm" else None,
+        "variance": options["variance"] if args.sampler == "ddpm" else None,
+        "start_from": args.start_from and [args.start_from.name, args.strength],
         "dtype": pick_precision(device),
+        **guidance,
     }
     columns = math.ceil(args.n**0.5)
     with autocast(device):
         if suffix == ".gif":
-            steps = diffusion.trajectory(guided(model, labels, cfg_scale), shape, range(args.n), **options)
+            eps_model = guided(model, labels, **guidance)
+            steps = diffusion.trajectory(eps_model, shape, range(args.n), x_T=x_T, **options)
             bar = progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")
             shown = frames_shown(source["steps"] + 1)  # all of them would be gigabytes
-            frames = [to_uint8(x).cpu() for i, x in enumerate(bar) if i in shown]
-            save_denoising_gif(frames, args.out, columns)
+            save_denoising_gif([to_uint8(x).cpu() for i, x in enumerate(bar) if i in shown], args.out, columns)
         else:
+            options |= {"batch_size": args.batch_size, "x_T": x_T}
             bar = functools.partial(progress, unit="step", desc="sampling")
-            samples = diffusion.sample_batches(
-                predictor(model, labels, cfg_scale), args.n, shape, batch_size=args.batch_size, progress=bar, **options
-            )
-            batches = map(to_uint8, samples)
+            eps_models = predictor(model, labels, **guidance)
+            batches = map(to_uint8, diffusion.sample_batches(eps_models, args.n, shape, progress=bar, **options))
             if suffix == ".png":
                 save_grid(torch.cat(list(batches)), args.out, columns)
             else:
                 stream_samples(args.out, batches, (args.n, *shape[1:], shape[0]), labels, source)
     print(f"wrote {args.out}")
+
+
+def choose_guidance(args, model, config):
+    """The labels, and the options of `guided`, that the flags ask for. Raises UserError."""
+    labels = parse_labels(getattr(args, "labels", "all"), args.n, model.num_classes, config["data"].get("classes"))
+    scale, interval = getattr(args, "cfg_scale", 0.0), getattr(args, "cfg_interval", None)
+    if labels is None and scale not in (0, 1):
+        advice = "leave --labels none out" if model.num_classes else "this checkpoint has no classes"
+        raise UserError(f"--cfg-scale {scale:g} needs labels to guide towards: {advice}")
+    if interval and (scale in (0, 1) or interval[0] > interval[1]):
+        raise UserError("--cfg-interval LOW HIGH goes with a --cfg-scale above 1, and LOW is at most HIGH")
+    if scale not in (0, 1) and config["train"].get("p_uncond") == 0:
+        say("guidance compares with the prediction without a label, which this network never learnt (--p-uncond 0)")
+    return labels, {"cfg_scale": scale, "cfg_interval": interval}
+
+
+def begin_at(path, strength, diffusion, n, shape, seed):
+    """The process up to t = strength T - 1 only, and an image noised to there, n times (SDEdit, arXiv 2108.01073)."""
+    image = decode_image(path, shape[-1])
+    if image is None:
+        raise UserError(f"--start-from {path} is no readable image")
+    x0 = to_model(torch.from_numpy(image.copy()).permute(2, 0, 1))
+    x0 = (x0 if shape[0] == 3 else x0.mean(0, keepdim=True)).expand(n, *shape)
+    noise = torch.stack([torch.randn(shape, generator=generator(seed, i, 1)) for i in range(n)])
+    first = diffusion.respaced(list(range(max(1, round(strength * diffusion.timesteps)))))
+    x0, noise = x0.to(first.betas.device), noise.to(first.betas.device)
+    return first, first.q_sample(x0, torch.full((n,), first.timesteps - 1, device=x0.device), noise)
 
 
 def frames_shown(count, longest=60):
@@ -301,10 +376,11 @@ def frames_shown(count, longest=60):
     return [round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)]
 
 
+# Homework TODO 876: a GIF of the denoising
 def save_denoising_gif(frames, path, columns, scale=2, longest=60):
     """A GIF of the denoising: at most `longest` of the x_t, evenly spaced, the sample held for a second at the end."""
     pictures = [image_grid(frames[i], columns, scale=scale) for i in frames_shown(len(frames), longest)]
-    save_gif(pictures + 20 * pictures[-1:], path, fps=20)
+    save_gif(pictures, path, fps=20, hold=1)
 
 
 # --- publish ---------------------------------------------------------------------------------------------------------
@@ -313,12 +389,7 @@ def save_denoising_gif(frames, path, columns, scale=2, longest=60):
 def run_publish(args):
     if args.out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, not {args.out.name!r}")
-    source = args.folder / "model.safetensors"
-    if not source.is_file():
-        raise UserError(f"{args.folder} has no finished run: train it (or go on with --resume) first")
-    tensors, config = read_checkpoint(source)
-    weights = {}
-    for kind in args.weights:
-        weights[kind] = select_weights(tensors, kind, config, source)
-    save_checkpoint(args.out, weights, config, tensors.get("losses"), half=True)
+    tensors, config = weights.read_checkpoint(args.checkpoint)
+    states = {kind: weights.select_weights(tensors, kind, config, args.checkpoint) for kind in args.weights}
+    weights.save_checkpoint(args.out, states, config, tensors.get("losses"), half=True)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")

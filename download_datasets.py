@@ -3,321 +3,157 @@
     python download_datasets.py {fashion_mnist,cifar10,cifar10-64,landscapes,checkpoints} [--from ARCHIVE_OR_FOLDER]
 
 Everything is fetched, unpacked and checked in a temporary folder beside its place and then renamed, so what is in its
-place is complete. A second call only looks whether all of it is still there.
+place is complete. A second call only counts what is there. A data set is a row of image_data.DATASETS.
 """
 
 import argparse
 import contextlib
 import errno
 import io
-import json
-import lzma
 import os
 import re
 import shutil
 import socket
+import ssl
 import stat
-import struct
 import sys
 import tarfile
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-import torch
+import requests
 from PIL import Image
 
 import utils
-from image_data import (
-    DEBIAN_FASHION_MNIST,
-    FASHION_MNIST_CLASSES,
-    FOLDERS,
-    decode_images,
-    list_images,
-    load_data,
-    read_mnist_files,
-    say_left_out,
-)
-from utils import ArgumentParser, UserError, atomic_path, command_line, progress, say
+from image_data import DATASETS, DataSet, decode_images, list_images, load_data, say_left_out, split_folders, subfolders
+from utils import ArgumentParser, UserError, command_line, progress, say
+from weights import load_checkpoint
 
-FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
-CIFAR10_HUB = "uoft-cs/cifar10"
-KAGGLE_NAMES = {
-    "cifar10": "swaroopkml/cifar10-pngs-in-folders",
-    "cifar10-64": "joaopauloschuler/cifar10-64x64-resized-via-cai-super-resolution",  # the course's
-    "landscapes": "arnaud58/landscape-pictures",
-}
-COURSE_FOLDER = "1beUSI-edO98i6J9pDR67BKGCfkzUL5DX"  # on Google Drive
+MNIST_FILES = ("*-idx[13]-ubyte", "*-idx[13]-ubyte.gz", "train*.parquet", "test*.parquet")
+COURSE_FOLDER = "https://drive.google.com/drive/folders/1beUSI-edO98i6J9pDR67BKGCfkzUL5DX"
 COURSE_CHECKPOINTS = ("unconditional_ckpt.pt", "conditional_ckpt.pt", "conditional_ema_ckpt.pt")
-RECORD = ".complete.json"  # in a finished folder: how many images each class has
+NO_TOKEN = (
+    "no Kaggle token that works: (1) sign in at https://www.kaggle.com/settings/api, (2) click Generate New Token, (3) "
+    "save it as ~/.kaggle/access_token (Python 3.10: a legacy API key, as kaggle.json) and run `chmod 600` on that file"
+)
+TRUST = (
+    "where a company or a proxy signs, let SSL_CERT_FILE and REQUESTS_CA_BUNDLE name its .pem file; with Python from "
+    "python.org on macOS run its `Install Certificates.command`; if it has expired, look at this computer's clock"
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["fashion_mnist", *FOLDERS, "checkpoints"])
-    parser.add_argument(
-        "--from",
-        dest="source",
-        type=Path,
-        metavar="PATH",
-        help="an archive (zip, tar) or folder that you have (default: look where it may lie, then download)",
-    )
-    parser.add_argument(
-        "--make-sample",
-        action="store_true",
-        help="with fashion_mnist: write the sample shipped in data/fashion_mnist_sample (default: no)",
-    )
+    parser.add_argument("name", choices=[*DATASETS, "checkpoints"])
+    parser.add_argument("--from", dest="source", type=Path, metavar="PATH", help="an archive or folder that you have")
     args = parser.parse_args(argv)
-    if args.make_sample and args.name != "fashion_mnist":
-        parser.error("--make-sample goes with fashion_mnist")
     if args.source is not None and not args.source.exists():
         raise UserError(f"--from {args.source}: there is no such file or folder")
     socket.setdefaulttimeout(30)  # for libraries that set none
-    if args.make_sample:
-        make_sample(utils.ROOT / "data/fashion_mnist_sample")
-    elif args.name == "fashion_mnist":
-        get_fashion_mnist(args.source)
-    elif args.name == "checkpoints":
+    if args.name == "checkpoints":
         get_checkpoints(args.source)
     else:
-        get_images(args.name, args.source)
+        get_data(args.name, args.source)
 
 
-# --- Fashion-MNIST ------------------------------------------------------------------------------------------------
+# --- data sets ----------------------------------------------------------------------------------------------------
 
 
-def get_fashion_mnist(source: Path | None) -> None:
-    """Into data/fashion_mnist, from `source`, the hub or torchvision's mirror. Debian's copy is used where it lies."""
-    target = (utils.ROOT / "data/fashion_mnist").resolve()  # perhaps a link to a larger disk
-    if is_filled(target):
-        print(f"{target} is all there: {count_fashion_mnist(target)}")
-        return
-    if source is None and DEBIAN_FASHION_MNIST.is_dir():
-        counts = count_fashion_mnist(DEBIAN_FASHION_MNIST)
-        print(f"{DEBIAN_FASHION_MNIST} has Fashion-MNIST, nothing to fetch: {counts}")
-        return
+def get_data(name: str, source: Path | None) -> None:
+    """Into its folder beside the scripts, from `source` or from where its row says, checked and counted."""
+    row = DATASETS[name]
+    target, *others = [(utils.ROOT / folder).resolve() for folder in row.folders]  # perhaps links to a larger disk
+    for place in [target, *(others if source is None else [])]:
+        if place.is_dir() and any(place.iterdir()):
+            print(f"{place} is all there: {count_images(place, not row.flat)}")
+            return
     with staging(target) as folder:
-        data = folder / "data"
-        if source is not None:
+        if source is None:
+            sources = {key: partial(fetch_from, row) for key, fetch_from in SOURCES.items() if getattr(row, key)}
+            page = f"www.kaggle.com/datasets/{row.kaggle}" if row.kaggle else f"huggingface.co/datasets/{row.hub}"
+            fetch(sources, folder, name, f"https://{page}")
+        else:
             unpack(source, folder / "source")
-            collect_fashion_mnist(folder / "source", data)
-        else:
-            try:
-                try_each(
-                    folder,
-                    {
-                        "the Hugging Face hub": lambda: fashion_mnist_from_hub(folder, data),
-                        "torchvision": lambda: fashion_mnist_from_torchvision(folder, data),
-                    },
-                )
-            except UserError as error:
-                raise UserError(f"the shipped sample of Fashion-MNIST will stand in: {error}") from error
-        publish(data, target, count_fashion_mnist(data))
+        images = folder / target.name
+        arrange(folder / "source", images, name)
+        counts = count_images(images, not row.flat)
+        if target.is_dir():
+            target.rmdir()  # it is empty, and Windows renames nothing onto a folder
+        os.replace(images, target)
+    print(f"wrote {target}: {counts}")
 
 
-def count_fashion_mnist(folder: Path) -> str:
-    """Read both splits and say how many images they have. Raises UserError where one is missing or damaged."""
-    counts = []
-    for split in ("train", "test"):
-        found = read_mnist_files(folder, split)
-        if found is None:
-            raise UserError(f"{folder} has neither the IDX files of Fashion-MNIST nor train*.parquet and test*.parquet")
-        counts.append(f"{split} {len(found[0]):,} images")
-    return ", ".join(counts)
-
-
-def collect_fashion_mnist(source: Path, folder: Path) -> None:
-    """Move the IDX or parquet files that lie anywhere under `source` into one flat folder."""
-    folder.mkdir()
-    for pattern in ("*-idx[13]-ubyte", "*-idx[13]-ubyte.gz", "train*.parquet", "test*.parquet"):
-        for file in [path for path in source.rglob(pattern) if path.is_file()]:
-            file.rename(folder / file.name)
-
-
-def fashion_mnist_from_hub(folder: Path, data: Path) -> None:
-    data.mkdir()
-    with fetching():
-        splits = load_from_hub(FASHION_MNIST_HUB, folder / "hub")
-        for split in ("train", "test"):
-            splits[split].to_parquet(data / f"{split}.parquet")
-
-
-def fashion_mnist_from_torchvision(folder: Path, data: Path) -> None:
-    from torchvision.datasets import FashionMNIST
-
-    require_network(FashionMNIST.mirrors[0])
-    with fetching():
-        FashionMNIST(folder / "torchvision", download=True)  # compares MD5s
-    collect_fashion_mnist(folder / "torchvision", data)
-
-
-def make_sample(folder: Path, train: int = 2500, test: int = 1000) -> None:
-    """The first images of both splits, as PNG in parquet: they stand in where the full data is out of reach."""
-    import datasets
-
-    labels = datasets.ClassLabel(names=FASHION_MNIST_CLASSES)
-    features = datasets.Features(image=datasets.Image(), label=labels)
-    for split, count in (("train", train), ("test", test)):
-        data = load_data("fashion_mnist", split)
-        if data.labels is None or len(data) < 10_000:
-            raise UserError("the sample is cut from all of Fashion-MNIST, which is not there")
-        pictures = []
-        for image in data.images[:count, 0].numpy():
-            stream = io.BytesIO()
-            Image.fromarray(image).save(stream, "PNG", optimize=True)
-            pictures.append({"bytes": stream.getvalue(), "path": None})
-        rows = {"image": pictures, "label": data.labels[:count].tolist()}
-        with atomic_path(folder / f"{split}.parquet") as temporary:
-            datasets.Dataset.from_dict(rows, features=features).to_parquet(temporary)
-        print(f"wrote {folder / split}.parquet: {count:,} images")
-
-
-# --- CIFAR-10 and landscapes: folders of images -------------------------------------------------------------------
-
-
-def get_images(name: str, source: Path | None) -> None:
-    """Into the folder beside the scripts, as <class>/* or {train,test}/<class>/*, checked and counted."""
-    target = (utils.ROOT / FOLDERS[name][0]).resolve()  # perhaps a link to a larger disk
-    if is_filled(target):
-        print(f"{target} is all there: {describe(confirm(target))}")
+def arrange(source: Path, images: Path, name: str) -> None:
+    """Bring `source` into the layout that is read: MNIST's files, or class folders of images that all decode."""
+    row = DATASETS[name]
+    if row.classes:
+        images.mkdir()
+        files = [file for pattern in MNIST_FILES for file in source.rglob(pattern) if file.is_file()]
+        if not files:
+            raise UserError(f"found neither the IDX files of {row.title} nor train*.parquet and test*.parquet")
+        for file in files:
+            file.replace(images / file.name)
         return
-    with staging(target) as folder:
-        found = folder / "source"
-        if source is not None:
-            unpack(source, found)
-        elif name == "cifar10":
-            try_each(
-                folder,
-                {
-                    "the Hugging Face hub": lambda: cifar10_from_hub(folder, found),
-                    "torchvision": lambda: cifar10_from_torchvision(found),
-                    "Kaggle": lambda: from_kaggle(name, folder, found),
-                },
-            )
-        else:
-            from_kaggle(name, folder, found)
-        images = arrange(find_images(found), folder, name)
-        for file in unreadable_images(images):
-            file.unlink()
-        counts = count_files(images)
-        (images / RECORD).write_text(json.dumps(counts))
-        publish(images, target, describe(counts))
-
-
-def confirm(target: Path) -> dict[str, dict[str, int]]:
-    """Count a folder that is in its place; check it if it was put there by hand. Raises UserError if files are gone."""
-    if (target / "cifar-10-batches-py").is_dir():
-        splits = {split: load_data(target, split) for split in ("train", "test")}  # compares MD5s
-        return {split: {"images": len(data)} for split, data in splits.items()}
-    counts = count_files(target)
-    try:
-        recorded = json.loads((target / RECORD).read_text())
-    except (OSError, ValueError):
-        unreadable_images(target)
-        with contextlib.suppress(UserError), atomic_path(target / RECORD) as temporary:  # it may be read-only
-            temporary.write_text(json.dumps(counts))
-        return counts
-    if recorded != counts:
-        raise UserError(f"{target} has not the images that it was finished with: remove it and run this again")
-    return counts
-
-
-def find_images(folder: Path) -> Path:
-    """The folder that holds the splits, the class folders or the images: archives wrap it in others."""
-    while True:
-        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-        folders = [entry for entry in entries if entry.is_dir()]
-        pictures = any(entry.suffix.lower() in Image.registered_extensions() for entry in entries)
-        if len(folders) != 1 or pictures or folders[0].name == "train":
-            return folder
-        folder = folders[0]
-
-
-def arrange(images: Path, folder: Path, name: str) -> Path:
-    """Bring torchvision's batches and a flat folder of landscapes into the layout of the others."""
-    if (images / "data_batch_1").is_file():
-        batches = images.rename(folder / "cifar-10-batches-py")
+    if batches := list(source.rglob("data_batch_1")):  # CIFAR-10 as its authors and torchvision have it
+        renamed = batches[0].parent.rename(source.with_name("cifar-10-batches-py"))
         for split in ("train", "test"):
-            data = load_data(batches, split)
-            assert data.labels is not None
+            data = load_data(renamed, split)  # compares MD5s
             pictures = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in data.images)
-            write_images(pictures, data.labels.tolist(), data.classes, folder / "images" / split)
-        return folder / "images"
-    without_classes = [split for split in splits_of(images) if not list_images(split)[2]]
-    if without_classes and name != "landscapes":
-        raise UserError(f"{without_classes[0]} has no class folders")
-    if without_classes == [images]:
-        (folder / "images").mkdir()
-        return images.rename(folder / "images" / "landscapes").parent
-    return images
+            write_images(pictures, data.labels.tolist(), data.classes, images / split)  # type: ignore[union-attr]
+        return
+    folders = [file.parent for file in visible_files(source) if file.suffix.lower() in Image.registered_extensions()]
+    found = Path(os.path.commonpath(folders or [source]))  # archives wrap it in other folders
+    flat = [part for part in splits_of(found) if not subfolders(part)]
+    if flat and not row.flat:
+        raise UserError(f"{flat[0]} has no class folders")
+    if flat == [found]:  # one class, called after the data set
+        images.mkdir()
+    found.rename(images / name if flat == [found] else images)
+    for part in splits_of(images):
+        files = visible_files(part)
+        with decode_images(files, 8, f"checking {part.name}") as decoded:
+            unreadable = [file for file, image in zip(files, decoded) if image is None]
+        say_left_out(part, unreadable, len(files))
+        for file in unreadable:
+            file.unlink()
+
+
+def splits_of(root: Path) -> list[Path]:
+    """The folders of training and of test images; the one folder, if they are not apart."""
+    return [part for part in split_folders(root)[:2] if part]
+
+
+def visible_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not is_hidden(path.relative_to(folder)) and path.is_file())
+
+
+def is_hidden(path: PurePath) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+def count_images(root: Path, labels: bool) -> str:
+    """How many images each split and class has, in words. Raises UserError where one has none or is damaged."""
+    if any(any(root.glob(pattern)) for pattern in (*MNIST_FILES, "cifar-10-batches-py")):
+        return ", ".join(f"{split} {len(load_data(root, split)):,} images" for split in ("train", "test"))
+    listings = {part.name: list_images(part, labels) for part in splits_of(root)}
+    if len({tuple(listing.classes) for listing in listings.values()}) > 1:
+        raise UserError(f"{root}: train and test have different classes")
+    words = []
+    for name, listing in listings.items():
+        each = [f"{label} {listing.labels.count(i):,}" for i, label in enumerate(listing.classes)]
+        words.append(f"{name} {len(listing.files):,} images" + (f" ({', '.join(each)})" if each else ""))
+    return "; ".join(words)
 
 
 def write_images(pictures: Iterable[Image.Image], labels: list[int], classes: list[str], folder: Path) -> None:
     for name in classes:
         (folder / name).mkdir(parents=True)
-    bar = progress(zip(pictures, labels), total=len(labels), desc=f"writing {folder.name}", unit="image")
-    for i, (picture, label) in enumerate(bar):
+    for i, (picture, label) in enumerate(progress(zip(pictures, labels), total=len(labels), desc=folder.name)):
         picture.save(folder / classes[label] / f"{i:05}.png")
-
-
-def splits_of(root: Path) -> list[Path]:
-    return [root / split for split in ("train", "test") if (root / split).is_dir()] or [root]
-
-
-def count_files(root: Path) -> dict[str, dict[str, int]]:
-    """{split: {class: number of files}}. Raises UserError for an empty class and for splits with different classes."""
-    counts = {}
-    for folder in splits_of(root):
-        _, labels, classes = list_images(folder)
-        number = Counter(labels)
-        split = "" if folder == root else folder.name
-        counts[split] = {name: number[i] for i, name in enumerate(classes or ["images"])}
-    if len({tuple(classes) for classes in counts.values()}) > 1:
-        raise UserError(f"{root}: train and test have different classes")
-    return counts
-
-
-def unreadable_images(root: Path) -> list[Path]:
-    """Decode every image. Those that do not decode are returned, and named and counted on stderr."""
-    unreadable = []
-    for folder in splits_of(root):
-        files = list_images(folder)[0]
-        with decode_images(files, 8, f"checking {folder.name}") as decoded:
-            bad = [file for file, image in zip(files, decoded) if image is None]
-        say_left_out(folder, bad, len(files))
-        unreadable += bad
-    return unreadable
-
-
-def describe(counts: dict[str, dict[str, int]]) -> str:
-    parts = []
-    for split, classes in counts.items():
-        each = ", ".join(f"{name} {number:,}" for name, number in classes.items())
-        parts.append(f"{split} {sum(classes.values()):,} images ({each})".strip())
-    return "; ".join(parts)
-
-
-def cifar10_from_hub(folder: Path, found: Path) -> None:
-    with fetching():
-        splits = load_from_hub(CIFAR10_HUB, folder / "hub")
-        for split in ("train", "test"):
-            data = splits[split]
-            write_images((row["img"] for row in data), data["label"], data.features["label"].names, found / split)
-
-
-def cifar10_from_torchvision(found: Path) -> None:
-    from torchvision.datasets import CIFAR10
-
-    require_network(CIFAR10.url)
-    with fetching():
-        CIFAR10(found, download=True)  # compares MD5s
 
 
 # --- the course's checkpoints -------------------------------------------------------------------------------------
@@ -328,24 +164,18 @@ def get_checkpoints(source: Path | None) -> None:
     target = utils.ROOT / "checkpoints"
     missing = [name for name in COURSE_CHECKPOINTS if not (target / name).is_file()]
     if not missing:
-        for name in COURSE_CHECKPOINTS:
-            check_checkpoint(target / name)
         print(f"{target} has all of the course's checkpoints: {', '.join(COURSE_CHECKPOINTS)}")
         return
     with staging(target) as folder:
-        found = folder / "source"
         if source is None:
-            from_google_drive(found)
-        elif source.is_file() and source.suffix == ".pt":  # a zip archive as well, but not to be unpacked
-            found.mkdir()
-            shutil.copyfile(source, found / source.name)
+            fetch({"Google Drive": from_google_drive}, folder, "checkpoints", COURSE_FOLDER)
         else:
-            unpack(source, found)
-        files = {file.name: file for file in found.rglob("*.pt") if file.name in missing}
+            unpack(source, folder / "source")
+        files = {file.name: file for file in folder.rglob("*.pt") if file.name in missing}
         if not files:
-            raise UserError(f"found none of {', '.join(missing)} in {source or 'the course folder'}")
+            raise UserError(f"found none of {', '.join(missing)} in {source or COURSE_FOLDER}")
         for file in files.values():
-            check_checkpoint(file)
+            load_checkpoint(file)
         target.mkdir(exist_ok=True)
         for name, file in files.items():
             os.replace(file, target / name)
@@ -354,147 +184,120 @@ def get_checkpoints(source: Path | None) -> None:
         say(f"{name} is still missing")
 
 
-def check_checkpoint(path: Path) -> None:
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and PyTorch each raise their own
-        raise UserError(f"{path} is not a PyTorch checkpoint, is damaged or not safe to load: remove it") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{path} does not hold the weights of a network (a dictionary of tensors)")
-
-
-def from_google_drive(found: Path) -> None:
-    page = f"https://drive.google.com/drive/folders/{COURSE_FOLDER}"
-    try:
-        require_network("https://drive.google.com")
-        with fetching(), contextlib.redirect_stdout(sys.stderr):
-            import gdown
-
-            if not gdown.download_folder(id=COURSE_FOLDER, output=str(found), use_cookies=False):
-                raise UserError("Google Drive gave no file")
-    except UserError as error:
-        by_hand = f"download {page} in a browser and run `python download_datasets.py checkpoints --from FOLDER`"
-        raise UserError(f"{error}; without it, {by_hand}, or use the checkpoints that are shipped") from error
-
-
 # --- where data comes from ----------------------------------------------------------------------------------------
 
 
-def load_from_hub(name: str, cache: Path) -> Any:
-    require_network(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    import datasets
+def fetch(sources: Mapping[str, Callable[[Path], None]], folder: Path, name: str, page: str) -> None:
+    """Into `folder`/source, from the first source that gives it. Raises UserError with the reasons of all."""
+    reasons = []
+    for source, fetch_from in sources.items():
+        print(f"fetching from {source}", file=sys.stderr)
+        try:
+            return fetch_from(folder)
+        except UserError as error:
+            reasons.append(f"{source}: {error}")
+        for entry in folder.iterdir():  # half a download
+            shutil.rmtree(entry)
+    by_hand = f"download {page} in a browser and run `python download_datasets.py {name} --from PATH`"
+    raise UserError(f"{'; '.join(reasons)}; without it, {by_hand}")
 
-    return datasets.load_dataset(name, cache_dir=str(cache))
+
+def from_google_drive(folder: Path) -> None:
+    with fetching("https://drive.google.com"), contextlib.redirect_stdout(sys.stderr):
+        import gdown
+
+        gdown.download_folder(url=COURSE_FOLDER, output=str(folder / "source"), use_cookies=False)
 
 
-def from_kaggle(name: str, folder: Path, found: Path) -> None:
-    """Download and unpack a Kaggle data set. No message repeats what Kaggle's package says: it might name a secret."""
-    page = f"https://www.kaggle.com/datasets/{KAGGLE_NAMES[name]}"
-    try:
-        check_kaggle_credentials()
-        require_network("https://www.kaggle.com")
-        with fetching(secret=True), contextlib.redirect_stdout(io.StringIO()):
-            import kaggle  # signs in on import, and old versions exit where they cannot
+def from_hub(row: DataSet, folder: Path) -> None:
+    """MNIST's kind as parquet files, all others as class folders of PNG files."""
+    with fetching(endpoint := os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+        import datasets
+        from huggingface_hub import HfApi
+
+        HfApi(endpoint).dataset_info(row.hub, timeout=10)  # load_dataset tries five times and does not say what failed
+        splits = datasets.load_dataset(row.hub, cache_dir=str(folder / "hub"))
+        (folder / "source").mkdir()
+        for split, data in splits.items():
+            if row.classes:
+                data.to_parquet(folder / "source" / f"{split}.parquet")
+            else:
+                column = {type(feature): name for name, feature in reversed(data.features.items())}
+                image, label = column[datasets.Image], column[datasets.ClassLabel]
+                pictures, names = (example[image] for example in data), data.features[label].names
+                write_images(pictures, list(data[label]), names, folder / "source" / split)
+
+
+def from_torchvision(row: DataSet, folder: Path) -> None:
+    import torchvision
+
+    kind = getattr(torchvision.datasets, row.torchvision)
+    with fetching(kind.url if hasattr(kind, "url") else kind.mirrors[0]):
+        kind(folder / "source", download=True)  # compares MD5s
+
+
+def from_kaggle(row: DataSet, folder: Path) -> None:
+    """No message repeats what Kaggle's package says: it might name a secret."""
+    check_kaggle_token()
+    with fetching("https://www.kaggle.com", secret=True), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            import kaggle  # signs in at once, and old versions raise where they cannot
 
             kaggle.api.authenticate()
-            kaggle.api.dataset_download_files(KAGGLE_NAMES[name], path=str(folder / "kaggle"), quiet=False, unzip=False)
-    except UserError as error:
-        by_hand = f"download {page} in a browser and run `python download_datasets.py {name} --from ARCHIVE`"
-        raise UserError(f"{error}; without it, {by_hand}") from error
-    archives = list((folder / "kaggle").glob("*.zip"))
-    if len(archives) != 1:
-        raise UserError(f"Kaggle gave no archive of {KAGGLE_NAMES[name]}")
-    unpack(archives[0], found)
+        except (ImportError, requests.RequestException):
+            raise
+        except (Exception, SystemExit) as error:
+            raise UserError(NO_TOKEN) from error
+        kaggle.api.dataset_download_files(row.kaggle, path=str(folder / "kaggle"), quiet=False)
+    unpack(folder / "kaggle" / (row.kaggle.split("/")[1] + ".zip"), folder / "source")
 
 
-def check_kaggle_credentials() -> None:
-    """Look for what Kaggle's package would use, in its order. Raises UserError where that is nothing or of no use."""
-    if os.environ.get("KAGGLE_API_TOKEN"):
-        return
-    home = Path.home() / ".kaggle"
-    for file in (home / "access_token", home / "access_token.txt"):
-        if file.is_file():
-            read_private(file)
-            return
-    if os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY"):
-        return
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kaggle"
-    for folder in (os.environ.get("KAGGLE_CONFIG_DIR"), home, config):
-        if folder and (file := Path(folder) / "kaggle.json").is_file():
-            try:
-                token = json.loads(read_private(file))
-                if token["username"] and token["key"]:
-                    return
-            except (ValueError, TypeError, KeyError):
-                pass
-            raise UserError(f"{file} is not the file that Kaggle gives (username and key as JSON): create a new token")
-    if (home / "credentials.json").is_file():  # of `kaggle auth login`
-        read_private(home / "credentials.json")
-        return
-    raise UserError(
-        "no Kaggle token: (1) sign in at https://www.kaggle.com/settings/api, (2) click Generate New Token, "
-        "(3) save it as ~/.kaggle/access_token and run `chmod 600 ~/.kaggle/access_token`"
-    )
-
-
-def read_private(file: Path) -> str:
-    if file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise UserError(f"{file} holds a secret and is open to other users: run `chmod 600 {file}`")
-    content = file.read_text(errors="replace").strip()
-    if not content:
-        raise UserError(f"{file} is empty: put your Kaggle token in it")
-    return content
+def check_kaggle_token() -> None:
+    """Kaggle's package takes a token that other users can read as well: here it is refused. So is having none."""
+    home, config = Path.home() / ".kaggle", os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    folders = [home, Path(config, "kaggle"), os.environ.get("KAGGLE_CONFIG_DIR") or home]
+    names = ("access_token", "access_token.txt", "kaggle.json", "credentials.json")
+    files = [file for folder in folders for name in names if (file := Path(folder, name)).is_file()]
+    if not files and not (os.environ.get("KAGGLE_API_TOKEN") or os.environ.get("KAGGLE_KEY")):
+        raise UserError(NO_TOKEN)
+    for file in files:
+        if os.name == "posix" and file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise UserError(f"{file} holds a secret and is open to other users: run `chmod 600 {file}`")
 
 
 def require_network(url: str) -> None:
-    """Fail within seconds where the libraries would retry for minutes. Any answer, an error page too, is a network."""
+    """Fail within seconds where the libraries would wait for minutes. Any answer, an error page too, is a network."""
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        pass
-    except (OSError, ValueError) as error:
+        with contextlib.suppress(requests.exceptions.SSLError, requests.ReadTimeout):  # the library may trust others
+            requests.head(url, timeout=5)
+    except requests.RequestException as error:
         raise UserError(f"no network (cannot reach {url})") from error
 
 
 @contextlib.contextmanager
-def fetching(secret: bool = False) -> Iterator[None]:
+def fetching(url: str, secret: bool = False) -> Iterator[None]:
     """What a download library raises becomes a UserError, without its words where they may hold a secret."""
+    require_network(url)
     try:
         yield
-    except UserError:
-        raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        reason = "the credentials were not accepted" if isinstance(error, SystemExit) else type(error).__name__
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise UserError(f"the server's certificate is not trusted ({cause.verify_message}): {TRUST}") from error
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None:
-            reason += f", HTTP status {status}" + (" (is the token still valid?)" if status in (401, 403) else "")
-        elif not secret:
-            reason += "".join(f": {line}" for line in str(error).strip().splitlines()[:1])
-        raise UserError(f"the download failed ({reason})") from error
+        detail = f", HTTP status {status}" if status else "" if secret else f": {error}"
+        raise UserError(f"the download failed ({type(error).__name__}{detail})") from error
 
 
-def try_each(folder: Path, sources: dict[str, Callable[[], None]]) -> None:
-    """Call one after the other until one succeeds; what a failed one left in `folder` is removed."""
-    reasons = []
-    for label, fetch in sources.items():
-        print(f"fetching from {label}", file=sys.stderr)
-        try:
-            fetch()
-            return
-        except UserError as error:
-            reasons.append(f"{label}: {error}")
-        for entry in folder.iterdir():
-            shutil.rmtree(entry)
-    raise UserError("; ".join(reasons))
+# the columns of image_data.DATASETS that say where a data set is fetched from
+SOURCES = {"hub": from_hub, "torchvision": from_torchvision, "kaggle": from_kaggle}
 
 
-# --- unpacking and putting in place -------------------------------------------------------------------------------
-
-
-def is_filled(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+# --- unpacking ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -505,119 +308,92 @@ def staging(target: Path) -> Iterator[Path]:
     try:
         yield folder
     except UserError as error:
-        raise UserError(str(error).replace(f"{folder}/", "")) from error
+        raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from error
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"no space left on the disk for {target}: nothing was kept") from error
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"no space left on the disk for {target}: nothing was kept") from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(folder: Path, target: Path, description: str) -> None:
-    os.replace(folder, target)
-    print(f"wrote {target}: {description}")
-
-
-# what reading a damaged archive raises
-DAMAGED = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    EOFError,
-    zlib.error,
-    lzma.LZMAError,
-    struct.error,
-    ValueError,
-    NotImplementedError,
-    OSError,
-)
-
-# one file to write: its path below the target, its size, and a function that opens it
-Member = tuple[PurePosixPath, int, Callable[[], Any]]
-
-
 def unpack(source: Path, folder: Path) -> None:
-    """Copy a folder, or unpack a zip or tar archive, hidden files apart.
+    """Copy a folder or a .pt file, or unpack a zip or tar archive, hidden files apart.
 
-    Raises UserError, before anything is written, for a member that would land outside of `folder`, is a link or
-    protected by a password; and for an archive that is damaged or larger than the disk.
+    Raises UserError for an archive that is damaged, protected, larger than the disk, or has links or members outside.
     """
     folder.mkdir()
     try:
-        with contextlib.ExitStack() as stack:
-            if source.is_dir():
-                members = folder_members(source)
-            elif zipfile.is_zipfile(source):
-                members = zip_members(stack.enter_context(zipfile.ZipFile(source)), source)
-            elif tarfile.is_tarfile(source):
-                members = tar_members(stack.enter_context(tarfile.open(source)), source)
-            else:
-                raise UserError(f"{source} is neither a folder nor a zip or tar archive, or it ends early")
-            members = [member for member in members if not is_hidden(member[0])]
-            need, free = sum(size for _, size, _ in members), shutil.disk_usage(folder).free
-            if need > free:
-                raise UserError(f"{source} needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left")
-            for name, _, read in progress(members, desc=f"unpacking {source.name}", unit="file"):
-                path = folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with read() as content, open(path, "xb") as file:
-                    shutil.copyfileobj(content, file)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{source} has two members called {Path(error.filename).name}") from error
-    except DAMAGED as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise  # the disk's fault, not the archive's
+        if source.is_dir():
+            for file in progress(visible_files(source), desc=f"copying {source.name}", unit="file"):
+                copy = folder / file.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+        elif source.suffix == ".pt":  # a zip archive as well, but not to be unpacked
+            shutil.copyfile(source, folder / source.name)
+        elif zipfile.is_zipfile(source):
+            unpack_zip(source, folder)
+        elif tarfile.is_tarfile(source):
+            unpack_tar(source, folder)
+        else:
+            with open(source, "rb") as file:
+                if file.read(100).lstrip().startswith(b"<"):
+                    raise UserError(
+                        f"{source} is a web page: the download was refused, so open the address in a browser"
+                    )
+            raise UserError(f"{source} is neither a folder nor a zip or tar archive, or it ends early")
+    except Exception as error:  # damaged bytes make zipfile, tarfile and the decompressors raise all kinds of errors
+        of_the_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if of_the_disk or isinstance(error, UserError):
+            raise
         raise UserError(f"{source} is damaged or ends early ({error})") from error
 
 
-def is_hidden(path: PurePosixPath) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+def unpack_zip(source: Path, folder: Path) -> None:
+    with zipfile.ZipFile(source) as archive:
+        members = []
+        for info in archive.infolist():
+            if info.flag_bits & 1:
+                raise UserError(f"{source} is protected by a password: unpack it and give the folder to --from")
+            info.filename = info.filename.replace("\\", "/")  # some programs for Windows write it so
+            is_file = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
+            members.append((info.filename, info.is_dir(), is_file, info.file_size, info))
+        archive.extractall(folder, wanted(members, source, folder))
 
 
-def folder_members(source: Path) -> list[Member]:
-    files = [Path(parent, name) for parent, _, names in os.walk(source) for name in names]
-    return [
-        (PurePosixPath(file.relative_to(source)), file.stat().st_size, partial(open, file, "rb"))
-        for file in files
-        if file.is_file()
-    ]
+def unpack_tar(source: Path, folder: Path) -> None:
+    with tarfile.open(source) as archive:
+        members = [(info.name, info.isdir(), info.isfile(), info.size, info) for info in archive.getmembers()]
+        # tarfile takes an archive that ends between two members for whole, and never reads a compressed one's checksum
+        stream: Any = archive.fileobj
+        if stream.tell() == archive.offset:
+            raise EOFError("its end mark is missing")
+        while stream.read(1 << 20):
+            pass
+        # before Python 3.10.12 and 3.11.4 there is no filter, only what `wanted` has checked
+        safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(folder, wanted(members, source, folder), **safely)
 
 
-def zip_members(archive: zipfile.ZipFile, source: Path) -> list[Member]:
-    members: list[Member] = []
-    for info in archive.infolist():
-        name = safe_name(info.filename, source)
-        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+def wanted(members: list[tuple[str, bool, bool, int, Any]], source: Path, folder: Path) -> Iterable[Any]:
+    """The infos of the files of (name, is folder, is file, size, info), with a bar. Raises UserError: see `unpack`."""
+    files, need = {}, 0
+    for name, is_folder, is_file, size, info in members:
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
+            raise UserError(f"{source} is refused: its member {name!r} would land outside of the target")
+        if not is_folder and not is_file:
             raise UserError(f"{source} is refused: its member {name} is a link or a device")
-        if info.flag_bits & 1:
-            raise UserError(f"{source} is protected by a password: unpack it and give the folder to --from")
-        if name.parts and not info.is_dir():
-            members.append((name, info.file_size, partial(archive.open, info)))
-    return members
-
-
-def tar_members(archive: tarfile.TarFile, source: Path) -> list[Member]:
-    members: list[Member] = []
-    for info in archive.getmembers():
-        name = safe_name(info.name, source)
-        if not info.isfile() and not info.isdir():
-            raise UserError(f"{source} is refused: its member {name} is a link or a device")
-        if info.isfile():
-            members.append((name, info.size, partial(archive.extractfile, info)))
-    stream: Any = archive.fileobj
-    if stream.tell() == archive.offset:
-        raise EOFError("its end mark is missing")
-    while stream.read(1 << 20):  # a compressed archive has its checksum at the very end
-        pass
-    return members
-
-
-def safe_name(name: str, source: Path) -> PurePosixPath:
-    """A member's name as a path that stays below where it is put, on every system. Raises UserError."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
-        raise UserError(f"{source} is refused: its member {name!r} would land outside of the target")
-    return path
+        if not is_folder and not is_hidden(path):
+            if path in files:
+                raise UserError(f"{source} has two members called {path}")
+            files[path], need = info, need + size
+    if clash := files.keys() & {parent for path in files for parent in path.parents}:
+        raise UserError(f"{source} has two members called {clash.pop()}, a file and a folder")
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(f"{source} needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left")
+    return progress(files.values(), desc=f"unpacking {source.name}", unit="file")
 
 
 if __name__ == "__main__":

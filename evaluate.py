@@ -1,60 +1,57 @@
 """How good samples are: Frechet and kernel distance, precision and recall, label agreement; bits/dim and noise error.
 
-    python evaluate.py SAMPLES.npz --data NAME        compare samples with the test split of a data set
+    python evaluate.py SAMPLES --data NAME            compare samples with the test split of a data set
+    python evaluate.py copying SAMPLES --data NAME    are they nearer to training images than to test images?
     python evaluate.py noise-error CHECKPOINT         a model's held-out error of the predicted noise, against t
     python evaluate.py likelihood CHECKPOINT          a model's variational bound in bits/dim
-    python evaluate.py sanity --data NAME             do the numbers order real, damaged and memorised images rightly?
-    python evaluate.py train-features NAME            train the classifier in whose features all this is measured
+    python evaluate.py train-features NAME            train the classifier in whose features samples are measured
 
-Distances mean something only between equal sample counts, the same features and the same reference: every result
-records all three. The feature classifiers and what they say about the real images are in checkpoints/, so comparing
-samples needs no data set.
+SAMPLES is an .npz or .npy of this or another program, or a folder of pictures. Distances mean something only between
+equal sample counts, the same features and the same reference: every result records all three. The feature classifiers
+and what they say about the real images are in checkpoints/, so comparing samples needs no data set.
 """
 
 import argparse
 import contextlib
+import copy
+import dataclasses
 import functools
+import itertools
 import json
 import math
-import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional as F
 
-from features import (
-    FeatureNet,
-    check_shape,
-    features_of,
-    load_features,
-    load_reference,
-    load_whole,
-    shrink,
-    statistics,
-    train_features,
-)
-from image_data import FOLDERS, ImageData, load_data
+import features
+from ddpm import SAMPLERS, noise_level, per_image
+from ddpm_conditional import predictor, with_labels
+from features import FeatureNet, features_of, statistics
+from image_data import DATASETS, ImageData
 from utils import (
-    ROOT,
     ArgumentParser,
     UserError,
+    autocast,
     check_writable,
     command_line,
     generator,
     load_samples,
+    look_up,
     natural,
+    number,
     pick_device,
     positive,
     progress,
     samples_source,
+    say,
     sha256,
     to_model,
+    to_uint8,
     write_json,
 )
-from weights import load_checkpoint
+from weights import find_checkpoint, image_shape, load_checkpoint
 
 # --- distances between two sets of features -----------------------------------------------------------------------
 
@@ -76,11 +73,6 @@ def frechet(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, cov2: torc
     return max(0.0, ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item())
 
 
-def frechet_features(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Frechet distance between Gaussians fitted to two sets of features."""
-    return frechet(*statistics(a), *statistics(b))
-
-
 def frechet_bootstrap(x: torch.Tensor, mu: torch.Tensor, cov: torch.Tensor, draws: int = 100, seed: int = 0) -> dict:
     """How the Frechet distance to (mu, cov) varies with the choice of samples: they are drawn again with replacement.
 
@@ -98,13 +90,8 @@ def frechet_bootstrap(x: torch.Tensor, mu: torch.Tensor, cov: torch.Tensor, draw
     )
     bias = again.mean().item() - estimate
     low, high = torch.quantile(again, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {
-        "interval_95": [max(0.0, low - bias), high - bias],
-        "standard_error": again.std().item(),
-        "bias": bias,
-        "draws": draws,
-        "seed": seed,
-    }
+    interval, error = [max(0.0, low - bias), high - bias], again.std().item()
+    return {"interval_95": interval, "standard_error": error, "bias": bias, "draws": draws, "seed": seed}
 
 
 def kid(a: torch.Tensor, b: torch.Tensor, seed: int = 0, blocks: int = 10) -> dict:
@@ -118,12 +105,7 @@ def kid(a: torch.Tensor, b: torch.Tensor, seed: int = 0, blocks: int = 10) -> di
     g = generator(seed)
     parts = [x.double()[torch.randperm(len(x), generator=g)].tensor_split(blocks) for x in (a, b)]
     estimates = torch.tensor([squared_mmd(x, y) for x, y in zip(*parts, strict=True)], dtype=torch.float64)
-    return {
-        "kid": estimates.mean().item(),
-        "standard_error": estimates.std().item() / math.sqrt(blocks),
-        "blocks": blocks,
-        "seed": seed,
-    }
+    return {"kid": estimates.mean().item(), "standard_error": standard_error(estimates), "blocks": blocks, "seed": seed}
 
 
 def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -172,36 +154,24 @@ def label_agreement(logits: torch.Tensor, labels: torch.Tensor, classes: list[st
         raise UserError(f"label {outside[0]} is out of range: the classifier knows the labels 0 to {len(classes) - 1}")
     agrees = (logits.argmax(1) == labels).double()
     confidence = logits.double().softmax(1)[torch.arange(len(labels)), labels]
+
+    def facts(chosen):
+        return {"agreement": agrees[chosen].mean().item(), "confidence": confidence[chosen].mean().item()}
+
     per_class = [
-        {
-            "label": label,
-            "class": classes[label],
-            "count": int((labels == label).sum()),
-            "agreement": agrees[labels == label].mean().item(),
-            "confidence": confidence[labels == label].mean().item(),
-        }
+        {"label": label, "class": classes[label], "count": int((labels == label).sum()), **facts(labels == label)}
         for label in labels.unique().tolist()
     ]
-    mean = agrees.mean().item()
-    return {
-        "agreement": mean,
-        "standard_error": math.sqrt(mean * (1 - mean) / len(labels)),
-        "confidence": confidence.mean().item(),
-        "per_class": per_class,
-    }
+    overall = facts(slice(None))
+    error = math.sqrt(overall["agreement"] * (1 - overall["agreement"]) / len(labels))
+    return {**overall, "standard_error": error, "per_class": per_class}
 
 
 # --- samples against a data set -----------------------------------------------------------------------------------
 
 
-def check_samples(images) -> torch.Tensor:
-    """uint8 N x H x W x C (array or tensor) -> uint8 tensor N x C x H x W. Raises UserError."""
-    images = torch.as_tensor(images)
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise UserError(f"samples must be uint8 N x H x W x C in 0..255, not {images.dtype} {tuple(images.shape)}")
-    if len(images) and images.max() <= 1:
-        raise UserError(f"the samples' largest value is {images.max()}: images must use the range 0..255")
-    return images.permute(0, 3, 1, 2)
+def standard_error(x: torch.Tensor) -> float:
+    return x.std().item() / math.sqrt(len(x))
 
 
 def check_count(count: int, dimensions: int) -> None:
@@ -224,103 +194,113 @@ def one_thread():
 
 
 @one_thread()
-def compare(x: torch.Tensor, reference: dict[str, torch.Tensor], k: int = 3, seed: int = 0, draws: int = 100) -> dict:
-    """All distances between samples' features and a reference."""
+def compare(x: torch.Tensor, reference: dict[str, torch.Tensor], seed: int = 0, draws: int = 100) -> dict:
+    """All distances between samples' features and a reference; without Frechet's where too few images are held out."""
+    mu, cov, test = reference["test_mean"], reference["test_cov"], reference["test_features"].float()
     check_count(*x.shape)
     if not x.isfinite().all():
         raise UserError("the samples' features are not finite numbers")
-    mu, cov, test = reference["test_mean"], reference["test_cov"], reference["test_features"].float()
+    result: dict = {}
+    if len(test) > len(mu):
+        result["frechet_distance"] = frechet(*statistics(x), mu, cov)
+        if draws:
+            result["frechet_bootstrap"] = frechet_bootstrap(x, mu, cov, draws, seed)
+    else:
+        say(
+            f"no Frechet distance to the held-out images, since {len(test)} are too few for {len(mu)} features: "
+            f"add images until {len(mu) + 1} are held out, or choose a classifier with fewer features by --features"
+        )
+    if len(reference["train_features"]) > len(mu):
+        result["frechet_distance_to_train"] = frechet(*statistics(x), reference["train_mean"], reference["train_cov"])
     pairs = min(len(x), len(test))
     g = generator(seed, 1)
     some_x, some_test = (a[torch.randperm(len(a), generator=g)[:pairs]] for a in (x, test))
-    precision, recall = precision_recall(some_test, some_x, k)
-    result: dict[str, Any] = {"frechet_distance": frechet(*statistics(x), mu, cov)}
-    if draws:
-        result["frechet_bootstrap"] = frechet_bootstrap(x, mu, cov, draws, seed)
-    return result | {
-        "frechet_distance_to_train": frechet(*statistics(x), reference["train_mean"], reference["train_cov"]),
-        "kernel_distance": kid(x, test, seed),
-        "precision": precision,
-        "recall": recall,
-        "precision_recall_settings": {"k": k, "count": pairs, "seed": seed},
-    }
+    precision, recall = precision_recall(some_test, some_x)
+    result |= {"kernel_distance": kid(x, test, seed), "precision": precision, "recall": recall}
+    return result | {"precision_recall_settings": {"k": 3, "count": pairs, "seed": seed}}
 
 
 def evaluate_samples(
-    images,
+    images: torch.Tensor,
     labels=None,
     data_name: str = "fashion_mnist",
     features_name: str | None = None,
-    k: int = 3,
     seed: int = 0,
     draws: int = 100,
-    need_labels: bool = False,
 ) -> dict:
-    """Compare samples (uint8, N x H x W x C; labels int64, N, or None) with the test split of a data set.
+    """Compare samples (uint8, N x C x H x W; labels int64, N, or the classes' names, or None) with a test split.
 
-    features_name: the feature classifier, by default the data set's own; "inception" is the standard FID's network. For the
-    classifier of another data set, samples and real images that are larger than its own are shrunk.
-    need_labels: an error where there are none. Raises UserError.
+    features_name: the feature classifier, by default the data set's own; "inception" is the standard FID's network. For
+    the classifier of another data set, samples and real images that are larger than its own are shrunk.
+    Raises UserError.
     """
-    x = check_samples(images)
-    if labels is None and need_labels:
-        raise UserError("the samples have no labels, so their agreement with the classifier cannot be measured")
     if features_name == "inception":
-        return {"samples": len(x), **inception_distance(x, data_name, seed)}
-    net = load_features(features_name or data_name)
-    if need_labels and net.name != Path(data_name).name:
-        raise UserError(f"the classifier of {net.name} does not know the labels of {Path(data_name).name}")
-    image_size = x.shape[-1]
-    if net.name != Path(data_name).name:
-        x = shrink(net, x)
-    check_shape(net, x)
-    check_count(len(x), net.head.in_features)
-    reference, facts = load_reference(data_name, net, image_size)
-    sample_features, logits = features_of(net, x)
+        return {"samples": len(images), **inception_distance(images, data_name, seed)}
+    net = features.load_features(features_name or data_name)
+    own, image_size = net.name == Path(data_name).name, images.shape[-1]
+    images = images if own else features.shrink(net, images)
+    features.check_shape(net, images)
+    check_count(len(images), net.head.in_features)
+    reference, facts = features.load_reference(data_name, net, image_size)
+    sample_features, logits = features_of(net, images)
     result = {
-        "samples": len(x),
+        "samples": len(images),
         "image_size": image_size,
         "data": Path(data_name).name,
         "reference": {"split": "test", "images": facts["test_images"], "sha256": facts["sha256"]},
         "features": {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256},
-        **compare(sample_features, reference, k, seed, draws),
+        **compare(sample_features, reference, seed, draws),
     }
-    if labels is not None and net.name == Path(data_name).name:
-        result["labels"] = label_agreement(logits, torch.as_tensor(labels).long(), net.classes)
+    if labels is not None and own:
+        result["labels"] = label_agreement(logits, class_indices(labels, net.classes), net.classes)
     return result
 
 
-def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0) -> dict:
-    """The standard FID and KID, with the Inception network of torchmetrics; needs its weights and the data set."""
+def class_indices(labels, classes: list[str]) -> torch.Tensor:
+    """int64 N from numbers, or from the names of class folders: a class's, or its number's. Raises UserError."""
+    if isinstance(labels, list):
+        known = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+        if unknown := sorted({name for name in labels if name not in known}):
+            raise UserError(f"the samples' folder {unknown[0]!r} is none of the classes {', '.join(classes)}")
+        labels = [known[name] for name in labels]
+    return torch.as_tensor(labels).long()
+
+
+def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, network=2048) -> dict:
+    """The standard FID and KID, by torchmetrics. Needs the Inception weights and the data set. Raises UserError.
+
+    images: uint8 N x C x H x W. network: how many of Inception's features, or a module that computes others.
+    """
     try:
-        from torchmetrics.image.fid import NoTrainInceptionV3  # type: ignore[import-not-found]
+        from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
+        from torchmetrics.wrappers import FeatureShare
     except ImportError:
         raise UserError("--features inception needs `pip install torchmetrics torch-fidelity`") from None
-    test = load_data(data_name, "test", images.shape[-1])
-    check_count(len(images), 2048)
-    timeout = socket.getdefaulttimeout()
-    try:
-        socket.setdefaulttimeout(20)  # offline, a download may otherwise wait for minutes
-        # antialias=False: resized as in the original FID
-        inception = NoTrainInceptionV3("inception-v3-compat", ["2048"], antialias=False)
+    _, test = features.load_splits(data_name, images.shape[-1])
+    try:  # antialias=False: resized as in the original FID
+        fid = FrechetInceptionDistance(network, antialias=False)
+        kernel = KernelInceptionDistance(network, subset_size=min(1000, len(images), len(test)))
     except Exception as error:  # a package that is missing, or whatever a failed download provokes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the Inception weights cannot be had ({reason}): leave --features out") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-    def inception_features(x):
-        x = x.expand(-1, 3, -1, -1)
-        return torch.cat([inception(part.contiguous()) for part in progress(x.split(50), desc="Inception")])
-
-    fake, real = inception_features(images), inception_features(test.images)
+    metrics = FeatureShare([fid, kernel])  # one pass through the network serves both
+    for real, source in ((True, test.images), (False, images)):
+        for part in progress(source.split(50), desc="Inception"):
+            metrics.update(part.expand(-1, 3, -1, -1).contiguous(), real=real)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the subsets for the kernel distance
+        distances = metrics.compute()
+    mean, deviation = distances["KernelInceptionDistance"]
     return {
         "data": Path(data_name).name,
         "reference": {"split": "test", "images": len(test)},
         "features": {"name": "inception-v3-compat", "dimensions": 2048},
-        "frechet_distance": frechet_features(fake, real),
-        "kernel_distance": kid(fake, real, seed),
+        "frechet_distance": distances["FrechetInceptionDistance"].item(),
+        "kernel_distance": {"kid": mean.item(), "standard_deviation": deviation.item(), "seed": seed},
     }
+
+
+# --- copying ------------------------------------------------------------------------------------------------------
 
 
 def nearest_neighbours(
@@ -332,20 +312,31 @@ def nearest_neighbours(
     """
 
     def embed(images):
-        return features_of(net, images)[0] if net else images.flatten(1).float()
+        return (features_of(net, features.shrink(net, images))[0] if net else images.flatten(1)).double()
 
     there, here = tuple(samples.shape[1:]), tuple(data.images.shape[1:])
     if there != here:
         raise UserError(f"the samples are {there} (channels, height, width), the images of {data.name} {here}")
-    x = embed(samples).double()
-    best = torch.empty(len(x), 0, dtype=torch.float64)
-    index = torch.empty(len(x), 0, dtype=torch.int64)
-    for start in range(0, len(data), chunk):
-        part = squared_distances(x, embed(data.images[start : start + chunk]).double())
-        index = torch.cat([index, torch.arange(start, start + part.shape[1]).expand_as(part)], 1)
-        best, order = torch.cat([best, part], 1).topk(min(k, start + part.shape[1]), largest=False)
-        index = index.gather(1, order)
-    return index, best.sqrt()
+    x = embed(samples)
+    distances = torch.cat([squared_distances(x, embed(part)) for part in data.images.split(chunk)], 1)
+    nearest = distances.topk(k, largest=False)
+    return nearest.indices, nearest.values.sqrt()
+
+
+def copying(samples: torch.Tensor, train: ImageData, test: ImageData, net: FeatureNet | None = None, seed=0) -> dict:
+    """Of the samples' nearest neighbours among equally many training and test images, the share of training images.
+
+    It is 1/2 where nothing is memorised, up to its (binomial) standard error. In a classifier's features it may be more
+    by itself, as the classifier has seen the training images, too. samples: uint8 N x C x H x W.
+    """
+    count, g = min(len(train), len(test)), generator(seed)
+    distances = []
+    for data in (train, test):
+        some = data.images[torch.randperm(len(data), generator=g)[:count].sort().values]
+        distances.append(nearest_neighbours(samples, dataclasses.replace(data, images=some), net)[1][:, 0])
+    share = (distances[0] < distances[1]).double().mean().item()
+    error = math.sqrt(share * (1 - share) / len(samples))
+    return {"share_of_training_images": share, "standard_error": error, "images_of_each": count, "seed": seed}
 
 
 # --- a model against held-out images ------------------------------------------------------------------------------
@@ -354,23 +345,19 @@ def nearest_neighbours(
 def model_images(data_name: str | None, config: dict, count: int) -> tuple[torch.Tensor, torch.Tensor | None, str]:
     """`count` test images (float, in [-1, 1]) that fit a checkpoint, spread over the split; labels; the data's name."""
     name = data_name or config["data"].get("name")
-    if name is None:
-        raise UserError("the checkpoint does not name its data set: give --data")
-    if data_name is None and name not in ("fashion_mnist", *FOLDERS):
-        raise UserError(f"the model was trained on a folder called {name}: say where it is with --data")
-    data = load_data(name, "test", config["data"]["image_size"])
-    channels, there = config["model"].get("channels", 3), data.images.shape[1]
-    if there != channels:
+    if data_name is None and name not in DATASETS:
+        raise UserError(f"the model was trained on {name or 'data without a name'}: say where it is with --data")
+    channels, classes = config["model"].get("channels", 3), config["model"].get("num_classes")
+    own = None if name in DATASETS else channels  # grey images of one's own may have been trained on as RGB
+    _, data = features.load_splits(name, config["data"]["image_size"], own, labels=bool(classes))
+    if (there := data.images.shape[1]) != channels:
         raise UserError(f"the model's images have {channels} channels, those of {name} {there}: give another --data")
     if not 2 <= count <= len(data):
         raise UserError(f"--n must be between 2 and the number of test images of {name}, {len(data):,}, not {count:,}")
-    index = torch.arange(count) * len(data) // count
-    classes = config["model"].get("num_classes")
-    labels = data.labels[index] if classes and data.labels is not None else None
-    if labels is not None and (
-        len(data.classes) != classes or config["data"].get("classes", data.classes) != data.classes
-    ):
+    if classes and (len(data.classes) != classes or config["data"].get("classes", data.classes) != data.classes):
         raise UserError(f"the classes of {name} are not those of the model: give another --data")
+    index = torch.arange(count) * len(data) // count
+    labels = data.labels[index] if classes and data.labels is not None else None
     return to_model(data.images[index]), labels, data.name
 
 
@@ -381,28 +368,26 @@ def stratified_timesteps(first: int, last: int, count: int, g: torch.Generator) 
     return t[torch.randperm(count, generator=g)]
 
 
-def predict_noise(model, diffusion, images, t, noise, labels, batch_size) -> torch.Tensor:
-    """The model's predictions at x_t, N x C x H x W on the CPU."""
-    parts = []
-    for i in range(0, len(images), batch_size):
-        x0, e, s = (a[i : i + batch_size].to(diffusion.betas.device) for a in (images, noise, t))
-        y = None if labels is None else labels[i : i + batch_size].to(s.device)
-        parts.append(model(diffusion.q_sample(x0, s, e), s, y).float().cpu())
-    eps = torch.cat(parts)
-    if not eps.isfinite().all():
-        raise UserError("the model predicts noise that is not finite: its weights are damaged or its training diverged")
-    return eps
+def predictions(model, diffusion, images, labels, edges: list[int], seed: int, batch_size: int) -> Iterator[tuple]:
+    """Noise each image once in each range of t; yields the range's (first, last), t, the noise and its prediction."""
+    for i, (first, last) in enumerate(progress(list(zip(edges[:-1], edges[1:], strict=True)), unit="range of t")):
+        g = generator(seed, i)
+        t = stratified_timesteps(first, last, len(images), g)
+        noise = torch.randn(images.shape, generator=g)
+        parts = []
+        for part in torch.arange(len(images)).split(batch_size):
+            x0, s, e = (a[part].to(diffusion.betas.device) for a in (images, t, noise))
+            eps_model = with_labels(model, None if labels is None else labels[part])
+            parts.append(eps_model(diffusion.q_sample(x0, s, e), s).float().cpu())
+        eps = torch.cat(parts)
+        if not eps.isfinite().all():
+            raise UserError("the model's predictions are not finite: its weights are damaged or its training diverged")
+        yield (first, last), t, noise, eps
 
 
 @torch.inference_mode()
 def noise_error(
-    model,
-    diffusion,
-    images: torch.Tensor,
-    labels: torch.Tensor | None = None,
-    bins: int = 20,
-    seed: int = 0,
-    batch_size: int = 250,
+    model, diffusion, images: torch.Tensor, labels: torch.Tensor | None = None, bins=20, seed=0, batch_size=250
 ) -> dict:
     """Held-out mean squared error of the predicted noise (Ho et al. 2020, eq. 14), in total and against t.
 
@@ -412,29 +397,18 @@ def noise_error(
     T = diffusion.timesteps
     edges = sorted({round(i * T / min(bins, T)) for i in range(min(bins, T) + 1)})
     per_range, total, variance = [], 0.0, 0.0
-    for i, (first, last) in enumerate(progress(list(zip(edges[:-1], edges[1:], strict=True)), desc="noise error")):
-        g = generator(seed, i)
-        t = stratified_timesteps(first, last, len(images), g)
-        noise = torch.randn(images.shape, generator=g)
-        eps = predict_noise(model, diffusion, images, t, noise, labels, batch_size)
+    for (first, last), _, noise, eps in predictions(model, diffusion, images, labels, edges, seed, batch_size):
         errors = (eps - noise).double().square().flatten(1).mean(1)
         mean, se, share = errors.mean().item(), standard_error(errors), (last - first) / T
         per_range.append({"t_from": first, "t_to": last - 1, "mse": mean, "standard_error": se})
         total, variance = total + share * mean, variance + (share * se) ** 2
-    return {
-        "mse": total,
-        "standard_error": math.sqrt(variance),
-        "per_t": per_range,
-        "images": len(images),
-        "labels": labels is not None,
-        "timesteps": T,
-        "schedule": diffusion.schedule,
-        "seed": seed,
-    }
+    result = {"mse": total, "standard_error": math.sqrt(variance), "per_t": per_range}
+    return result | measured_on(images, labels, diffusion, seed)
 
 
-def standard_error(x: torch.Tensor) -> float:
-    return x.std().item() / math.sqrt(len(x))
+def measured_on(images, labels, diffusion, seed) -> dict:
+    facts = {"images": len(images), "dimensions": images[0].numel(), "labels": labels is not None}
+    return facts | {"timesteps": diffusion.timesteps, "schedule": diffusion.schedule, "seed": seed}
 
 
 def log_discretized_gaussian(x: torch.Tensor, mean: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -453,14 +427,7 @@ def log_discretized_gaussian(x: torch.Tensor, mean: torch.Tensor, sigma: float) 
 
 @torch.inference_mode()
 def variational_bound(
-    model,
-    diffusion,
-    images: torch.Tensor,
-    labels: torch.Tensor | None = None,
-    variance: str = "beta",
-    clip: bool = True,
-    seed: int = 0,
-    batch_size: int = 250,
+    model, diffusion, images: torch.Tensor, labels=None, variance="beta", clip=True, seed=0, batch_size=250
 ) -> dict:
     """The bound L_T + sum of L_t + L_0 on -log p (Ho et al. 2020, eq. 5 and section 3.3) in bits/dim.
 
@@ -471,68 +438,49 @@ def variational_bound(
     Each image is seen at one t in each of a row of ranges that grow with t, since the smallest t matter most; the sum
     is unbiased, and its standard error is that of independent images.
     """
-    T, dims = diffusion.timesteps, images[0].numel()
-    a = torch.tensor(diffusion.alphas_cumprod_float64, dtype=torch.float64)
-    a_prev = torch.cat([torch.ones(1, dtype=torch.float64), a[:-1]])
-    betas = 1 - a / a_prev
-    posterior = betas * (1 - a_prev) / (1 - a)
-    if variance not in ("beta", "posterior"):
-        raise UserError(f"unknown variance {variance!r}: it is beta or posterior")
-    sigma2 = betas.clone() if variance == "beta" else posterior.clone()
-    if variance == "posterior":
-        sigma2[0] = posterior[1] if T > 1 else betas[0]
-    coef = betas * a_prev.sqrt() / (1 - a)  # of x0 in the posterior's mean, Ho et al. eq. 7
-    nats_to_bits = 1 / (dims * math.log(2))
+    process = copy.copy(diffusion).to("cpu", torch.float64)
+    variances = {"beta": process.betas, "posterior": process.posterior_variance}
+    sigma2 = look_up(variances, variance, "variance").clone()
+    if sigma2[0] == 0:
+        sigma2[0] = sigma2[1] if len(sigma2) > 1 else process.betas[0]
 
-    x0 = images.double()
+    def bits_per_dim(nats):
+        return nats.flatten(1).mean(1) / math.log(2)
+
+    x0, a = images.double(), process.alphas_cumprod[-1]
     # KL(N(sqrt(a) x0, 1 - a) || N(0, 1)) at the last t
-    prior = 0.5 * (a[-1] * x0.square() + (1 - a[-1]) - 1 - torch.log1p(-a[-1])).flatten(1).sum(1) * nats_to_bits
-    edges = timestep_ranges(T)
-    per_image, per_range = prior.clone(), []
-    for i, (first, last) in enumerate(progress(list(zip(edges[:-1], edges[1:], strict=True)), desc="bound")):
-        g = generator(seed, i)
-        t = stratified_timesteps(first, last, len(images), g)
-        noise = torch.randn(images.shape, generator=g)
-        eps = predict_noise(model, diffusion, images, t, noise, labels, batch_size)
-        at = a[t].view(-1, 1, 1, 1)
-        # x_t is float32 in the model's eyes; its own prediction of x0 follows in float64
-        predicted = x0 + ((1 - at) / at).sqrt() * (noise.double() - eps.double())
+    prior = bits_per_dim(0.5 * (a * x0.square() + (1 - a) - 1 - torch.log1p(-a)))
+    totals, per_range = prior.clone(), []
+    edges = timestep_ranges(process.timesteps)
+    for (first, last), t, noise, eps in predictions(model, diffusion, images, labels, edges, seed, batch_size):
+        x_t = process.q_sample(x0, t, noise.double())
+        predicted = process.predict_x0(x_t, t, eps.double())
         if clip:
             predicted = predicted.clamp(-1, 1)
+        mean, _ = process.q_posterior(predicted, x_t, t)
         if first == 0:
-            # the posterior's mean at t = 0 is the predicted x0 itself
-            terms = -log_discretized_gaussian(x0, predicted, sigma2[0].sqrt().item())
+            terms = -log_discretized_gaussian(x0, mean, sigma2[0].sqrt().item())
         else:
-            v1, v2, c = (table[t].view(-1, 1, 1, 1) for table in (posterior, sigma2, coef))
-            terms = 0.5 * ((v2 / v1).log() + v1 / v2 - 1 + (c * (x0 - predicted)).square() / v2)
-        terms = terms.flatten(1).sum(1) * nats_to_bits
-        per_range.append(
-            {
-                "t_from": first,
-                "t_to": last - 1,
-                "bits_per_dim_per_step": terms.mean().item(),
-                "standard_error": standard_error(terms),
-            }
-        )
-        per_image += (last - first) * terms
-    if not per_image.isfinite().all():
+            true_mean, v1 = process.q_posterior(x0, x_t, t)
+            v2 = per_image(sigma2, t)
+            terms = 0.5 * ((v2 / v1).log() + v1 / v2 - 1 + (true_mean - mean).square() / v2)
+        terms = bits_per_dim(terms)
+        row = {"t_from": first, "t_to": last - 1, "bits_per_dim_per_step": terms.mean().item()}
+        per_range.append(row | {"standard_error": standard_error(terms)})
+        totals += (last - first) * terms
+    if not totals.isfinite().all():
         raise UserError("the bound is not finite: the model's predictions are too far off")
     kl = sum(r["bits_per_dim_per_step"] * (r["t_to"] - r["t_from"] + 1) for r in per_range[1:])
     return {
-        "bits_per_dim": per_image.mean().item(),
-        "standard_error": standard_error(per_image),
+        "bits_per_dim": totals.mean().item(),
+        "standard_error": standard_error(totals),
         "L_T": prior.mean().item(),
         "sum_of_L_t": kl,
         "L_0": per_range[0]["bits_per_dim_per_step"],
         "per_t": per_range,
-        "images": len(images),
-        "dimensions": dims,
-        "labels": labels is not None,
         "variance": variance,
         "clip": clip,
-        "timesteps": T,
-        "schedule": diffusion.schedule,
-        "seed": seed,
+        **measured_on(images, labels, diffusion, seed),
     }
 
 
@@ -544,110 +492,134 @@ def timestep_ranges(timesteps: int, growth: float = 1.25) -> list[int]:
     return edges
 
 
-# --- sanity -------------------------------------------------------------------------------------------------------
+# --- quality against the guidance scale ---------------------------------------------------------------------------
 
 
-def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian blur, uint8 N x C x H x W."""
-    reach = math.ceil(3 * sigma)
-    kernel = torch.exp(-torch.arange(-reach, reach + 1).square() / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 1, -1)
-    x = F.pad(images.float(), (reach,) * 4, mode="replicate")
-    x = F.conv2d(F.conv2d(x, kernel, groups=len(kernel)), kernel.mT, groups=len(kernel))
-    return x.round().to(torch.uint8)
+def interval(text: str) -> list[int] | None:
+    """An argparse type: 200-700 are the timesteps at which guidance acts, none is all."""
+    if text == "none":
+        return None
+    low, high = map(int, text.split("-"))
+    return [low, high]
 
 
-def add_noise(images: torch.Tensor, sigma: float, g: torch.Generator) -> torch.Tensor:
-    """Gaussian noise of standard deviation `sigma` in the units of [-1, 1]; uint8 in and out."""
-    return (images + 127.5 * sigma * torch.randn(images.shape, generator=g)).round().clamp(0, 255).to(torch.uint8)
+def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="a conditional checkpoint")
+    add("--data", help="the data set to compare with (default: the one the model was trained on)")
+    add("--weights", nargs="+", default=["raw", "ema"], help="raw, ema, or ema_BETA")
+    add("--scales", nargs="+", type=number(float, 0), default=[1, 1.25, 1.5, 2, 3, 5, 7.5], help="guidance scales")
+    add("--intervals", nargs="+", type=interval, default=[None], help="timesteps to guide at, as 200-700; none: all")
+    add("--n", type=positive, default=2000, help="samples per setting, spread over the classes")
+    add("--sampler", choices=list(SAMPLERS), default="dpm", help="as for `sample`")
+    add("--steps", type=positive, default=20, help="network evaluations per image")
+    add("--seed", type=natural, default=0, help="image i depends on (seed, i) only")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--out", type=Path, required=True, help="the .json to write, or to go on with")
+    parser.set_defaults(run=run_sweep)
 
 
-def sanity(data_name: str, n: int = 5000, seed: int = 0) -> dict:
-    """Every measure on real, damaged, mode-dropped and memorised images, and the Frechet distance against the count."""
-    train, net = load_whole(data_name), load_features(data_name)
-    check_shape(net, train.images)
-    reference, facts = load_reference(data_name, net)
-    g = generator(seed)
-    n = min(n, len(train))
-    check_count(n, net.head.in_features)
-    order = torch.randperm(len(train), generator=g)
-    x = train.images[order[:n]]
-    test = load_data(data_name, "test").images
-    # chosen at random, since the images of a folder come class by class
-    sets = {"test": test[torch.randperm(len(test), generator=generator(seed, 1))[:n]], "train": x}
-    for sigma in (0.5, 1.0, 2.0):
-        sets[f"blurred {sigma:g} px"] = blur(x, sigma)
-    for sigma in (0.05, 0.1, 0.2, 0.4):
-        sets[f"noised {sigma:g}"] = add_noise(x, sigma, g)
-    if train.labels is not None:
-        # so many images of the classes that are left that the count is equal
-        labels = train.labels[order]
-        for dropped in (1, 3, 5):
-            if dropped < len(train.classes):
-                sets[f"without {dropped} of {len(train.classes)} classes"] = train.images[order[labels >= dropped][:n]]
-    for distinct in (n // 50, n // 10):
-        sets[f"memorised {distinct} images"] = x[torch.arange(n) % distinct]
-    sets["noise only"] = torch.randint(256, x.shape, generator=g, dtype=torch.uint8)
-    rows = []
-    for name, images in sets.items():
-        rows.append({"name": name, "count": len(images), **compare(features_of(net, images)[0], reference, seed=seed)})
-    return {
-        "data": Path(data_name).name,
-        "seed": seed,
-        "sets": rows,
-        "curve": count_curve(net, train, reference, seed),
-        "reference": {"split": "test", "images": facts["test_images"], "sha256": facts["sha256"]},
-        "features": {
-            "name": net.name,
-            "dimensions": net.head.in_features,
-            "sha256": net.sha256,
-            "test_accuracy": net.test_accuracy,
-        },
-    }
+def earlier_rows(path: Path, settings: dict) -> list[dict]:
+    """The rows that an earlier sweep with the same settings wrote to `path`, if any. Raises UserError."""
+    if not path.exists():
+        return []
+    try:
+        previous = json.loads(path.read_text())
+        same, rows = all(previous[name] == value for name, value in settings.items()), previous["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a result of this command: use another --out") from error
+    if not same:
+        raise UserError(f"{path} was measured with other settings or weights: delete it, or use another --out")
+    return rows
 
 
-def count_curve(net: FeatureNet, train: ImageData, reference: dict, seed: int, repeats: int = 10) -> list[dict]:
-    """Training images against the test split, by their number: the Frechet distance's mean and spread over subsets, and
-    precision and recall of the first subset."""
-    x, test = features_of(net, train.images)[0], reference["test_features"].float()
-    counts = [count for count in (200, 500, 1000, 2000, 5000, 10_000, 20_000) if x.shape[1] < count <= len(x)]
-    curve = []
-    for count in counts:
-        subsets = [x[torch.randperm(len(x), generator=generator(seed, count, i))[:count]] for i in range(repeats)]
-        with one_thread():
-            values = [frechet(*statistics(subset), reference["test_mean"], reference["test_cov"]) for subset in subsets]
-        pairs = min(count, len(test))
-        some_test = test[torch.randperm(len(test), generator=generator(seed, count))[:pairs]]
-        precision, recall = precision_recall(some_test, subsets[0][:pairs])
-        curve.append(
-            {
-                "count": count,
-                "mean": float(np.mean(values)),
-                "repeats": repeats,
-                "standard_deviation": float(np.std(values, ddof=1)),
-                "precision": precision,
-                "recall": recall,
-            }
-        )
-    return curve
+def sweep_command(args, rows: list[dict]) -> str:
+    """The command that measures all rows, however many commands they came from."""
+    weights, scales = (dict.fromkeys(row[key] for row in rows) for key in ("weights", "cfg_scale"))
+    intervals = dict.fromkeys("-".join(map(str, row.get("cfg_interval") or ["none"])) for row in rows)
+    flags = {"checkpoint": args.checkpoint, "data": args.data, "weights": " ".join(weights)}
+    flags["scales"] = " ".join(f"{scale:g}" for scale in sorted(scales))
+    flags["intervals"] = " ".join(intervals) if set(intervals) != {"none"} else None
+    flags |= {name: getattr(args, name) for name in ("n", "sampler", "steps", "seed", "out")}
+    given = (f"--{name} {value}" for name, value in flags.items() if value is not None)
+    return " ".join(["python ddpm_conditional.py sweep", *given])
+
+
+def run_sweep(args) -> None:
+    """Measure the samples of each kind of weights at each guidance scale and interval, but what --out already holds."""
+    check_writable(args.out)
+    device = pick_device(args.device)
+    # all of them before the work: one that is not there is refused at once
+    models = {weights: load_checkpoint(args.checkpoint, weights, device) for weights in args.weights}
+    model, diffusion, config = next(iter(models.values()))
+    if model.num_classes is None:
+        raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
+    if args.steps > diffusion.timesteps:
+        raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
+    data_name = args.data or config["data"].get("name")
+    if data_name is None:
+        raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")
+    source = {"checkpoint": args.checkpoint.name, "sha256": sha256(find_checkpoint(args.checkpoint))}
+    sampler = {"sampler": args.sampler, "steps": args.steps, "eta": noise_level(args.sampler)}
+    settings = source | {"sampler": sampler, "n": args.n, "seed": args.seed, "data": args.data}
+    rows = earlier_rows(args.out, settings)
+    shape, net = image_shape(model, config), features.load_features(data_name)
+    features.check_shape(net, torch.empty(0, *shape))
+    check_count(args.n, net.head.in_features)
+    parameters = sum(p.numel() for p in model.parameters())
+    config = {name: value for name, value in config.items() if name != "weights"}  # the run's, the same for all
+    labels = torch.arange(args.n) % model.num_classes
+
+    def save():
+        facts = {"command": sweep_command(args, rows), "config": config, "parameters": parameters}
+        write_json(args.out, facts | settings | {"rows": rows})
+
+    for weights, scale, where in itertools.product(args.weights, args.scales, args.intervals):
+        setting = {"weights": weights, "cfg_scale": scale, "cfg_interval": where}
+        if any(all(row.get(key) == value for key, value in setting.items()) for row in rows):
+            continue
+        model, _, loaded = models[weights]
+        name = f"{weights}, cfg_scale {scale:g}" + (f" for {where[0]} <= t <= {where[1]}" if where else "")
+        bar = functools.partial(progress, unit="step", desc=name)
+        guide = predictor(model, labels, scale, where)
+        with autocast(device):
+            batches = diffusion.sample_batches(guide, args.n, shape, seed=args.seed, progress=bar, **sampler)
+            images = torch.cat([to_uint8(x) for x in batches])
+        quality = evaluate_samples(images, labels, data_name)
+        rows.append(setting | {"kind": loaded["weights"], "quality": quality})
+        distance, agreement = quality.get("frechet_distance", math.nan), quality["labels"]["agreement"]
+        say(f"{name}: Frechet distance {distance:.2f}, label agreement {agreement:.1%}")
+        save()
+    save()
+    print(f"wrote {args.out}: {len(rows)} settings")
 
 
 # --- command line -------------------------------------------------------------------------------------------------
 
 
+def sample_file(path: Path) -> dict:
+    """What a result records of the file that the samples were in."""
+    return {"file": path.name} | ({} if path.is_dir() else {"file_sha256": sha256(path), **samples_source(path)})
+
+
 def run_samples(args) -> dict:
     images, labels = load_samples(args.samples)
-    source = samples_source(args.samples)
-    result = evaluate_samples(images, labels, args.data, args.features, args.k, args.seed, args.bootstrap, args.labels)
-    return {"file": args.samples.name, "file_sha256": sha256(args.samples), **source, **result}
+    result = evaluate_samples(images, labels, args.data, args.features, args.seed, args.bootstrap)
+    return sample_file(args.samples) | result
+
+
+def run_copying(args) -> dict:
+    images, _ = load_samples(args.samples)
+    train, test = features.load_splits(args.data, images.shape[-1])
+    result = {"data": train.name, "samples": len(images), "pixels": copying(images, train, test, None, args.seed)}
+    if args.features:
+        net = features.load_features(args.features)
+        result[f"features of {net.name}"] = copying(images, train, test, net, args.seed)
+    return sample_file(args.samples) | result
 
 
 def run_train_features(args) -> dict:
-    return train_features(args.name, args.seed)
-
-
-def run_sanity(args) -> dict:
-    return sanity(args.data, args.n, args.seed)
+    return features.train_features(args.name, args.seed)
 
 
 def run_model(args, measure) -> dict:
@@ -655,14 +627,8 @@ def run_model(args, measure) -> dict:
     model, diffusion, config = load_checkpoint(args.checkpoint, args.weights, pick_device(args.device))
     images, labels, data_name = model_images(args.data, config, args.n)
     result = measure(model, diffusion, images, labels, seed=args.seed, batch_size=args.batch_size)
-    return {
-        "checkpoint": args.checkpoint.name,
-        "sha256": sha256(args.checkpoint),
-        "weights": config["weights"],
-        "data": data_name,
-        "split": "test",
-        **result,
-    }
+    source = {"checkpoint": args.checkpoint.name, "sha256": sha256(find_checkpoint(args.checkpoint))}
+    return source | {"weights": config["weights"], "data": data_name, "split": "test"} | result
 
 
 def run_noise_error(args) -> dict:
@@ -682,55 +648,49 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=natural, default=0, help="of everything random")
         sub.add_argument("--json-out", type=Path, help="also write the result to this file")
         sub.set_defaults(run=run)
-        return sub
+        return sub.add_argument
 
-    sub = command("samples", run_samples, "compare samples with a data set's test split (`samples` may be left out)")
-    sub.add_argument("samples", type=Path, help=".npz with images (uint8, N x H x W x C) and perhaps labels (int64, N)")
-    sub.add_argument("--data", required=True, help="fashion_mnist, cifar10, ...: the data set to compare with")
-    sub.add_argument("--features", help="whose classifier's features, or inception (default: the data set's own)")
-    sub.add_argument("--labels", action="store_true", help="it is an error if the samples have no labels")
-    sub.add_argument("--k", type=positive, default=3, help="neighbours in precision and recall")
-    sub.add_argument("--bootstrap", type=natural, default=100, help="draws for the Frechet distance's interval")
+    for name, run, help in (
+        ("samples", run_samples, "compare samples with a data set's test split (`samples` may be left out)"),
+        ("copying", run_copying, "the share of training images among the samples' nearest neighbours"),
+    ):
+        add = command(name, run, help)
+        add("samples", type=Path, help=".npz, .npy, or a folder of pictures")
+        add("--data", required=True, help="fashion_mnist, cifar10, ...: the data set to compare with")
+        if name == "copying":
+            add("--features", help="compare in this classifier's features, too")
+            continue
+        add("--features", help="whose classifier's features, or inception (default: the data set's own)")
+        add("--bootstrap", type=natural, default=100, help="draws for the Frechet distance's interval")
 
-    sub = command("train-features", run_train_features, "train a data set's feature classifier and store references")
-    sub.add_argument("name", help="the data set")
-
-    sub = command(
-        "sanity",
-        run_sanity,
-        "measure real, damaged, mode-dropped and memorised images, by default to report/results/sanity_DATA.json",
-    )
-    sub.add_argument("--data", default="fashion_mnist", help="the data set")
-    sub.add_argument("--n", type=positive, default=5000, help="images in each set")
+    add = command("train-features", run_train_features, "train a data set's feature classifier and store references")
+    add("name", help="the data set")
 
     for name, run, help in (
         ("noise-error", run_noise_error, "mean squared error of the predicted noise on test images"),
         ("likelihood", run_likelihood, "variational bound on test images, in bits/dim"),
     ):
-        sub = command(name, run, help)
-        sub.add_argument("checkpoint", type=Path, help=".safetensors of this project or .pt of the course")
-        sub.add_argument("--data", help="the data set (default: the one the model was trained on)")
-        sub.add_argument("--n", type=positive, default=1000, help="test images")
-        sub.add_argument("--weights", help="raw, ema or ema_BETA (default: the average where there is one)")
-        sub.add_argument("--batch-size", type=positive, default=250, help="images at once")
-        sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+        add = command(name, run, help)
+        add("checkpoint", type=Path, help="a checkpoint, a run's folder, or the course's weights")
+        add("--data", help="the data set (default: the one the model was trained on)")
+        add("--n", type=positive, default=1000, help="test images")
+        add("--weights", help="raw, ema or ema_BETA (default: the average where there is one)")
+        add("--batch-size", type=positive, default=250, help="images at once")
+        add("--device", default="auto", help="auto, cpu, cuda or mps")
         if name == "noise-error":
-            sub.add_argument("--bins", type=positive, default=20, help="ranges of t")
+            add("--bins", type=positive, default=20, help="ranges of t")
         else:
-            sub.add_argument("--variance", choices=["beta", "posterior"], default="beta", help="sigma_t^2")
-            sub.add_argument("--clip", action=argparse.BooleanOptionalAction, default=True, help="the predicted x0")
+            add("--variance", choices=["beta", "posterior"], default="beta", help="sigma_t^2")
+            add("--clip", action=argparse.BooleanOptionalAction, default=True, help="the predicted x0")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser()
-    commands = ("samples", "train-features", "sanity", "noise-error", "likelihood", "-h", "--help")
+    commands = ("samples", "copying", "train-features", "noise-error", "likelihood", "-h", "--help")
     if argv and argv[0] not in commands:
         argv.insert(0, "samples")
-    args = parser.parse_args(argv)
-    if args.run is run_sanity:
-        args.json_out = args.json_out or ROOT / f"report/results/sanity_{Path(args.data).name}.json"
+    args = make_parser().parse_args(argv)
     if args.json_out:
         check_writable(args.json_out)  # better before the work than after it
     result = {"command": " ".join(["python evaluate.py", *argv]), **args.run(args)}

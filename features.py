@@ -1,7 +1,6 @@
 """The classifiers in whose features samples are measured, their training, and what they say about the real images."""
 
 import hashlib
-import io
 import json
 import math
 import time
@@ -13,12 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from image_data import FOLDERS, ImageData, describe_folder, load_data, resize
-from utils import ROOT, UserError, atomic_path, autocast, generator, pick_precision, progress, say, sha256, to_model
-from weights import read_file, save_tensors
+from image_data import DATASETS, ImageData, describe, describe_folder, load_data, resize
+from utils import ROOT, UserError, autocast, generator, pick_precision, progress, say, sha256, to_model
+from weights import load_state, read_tensors, save_state, save_tensors
 
 CHECKPOINTS = ROOT / "checkpoints"
-# the feature classifiers' networks and training, by data set; any other data set uses DEFAULT_RECIPE
+# a feature classifier's network and training; the data set's row in DATASETS may have other values
 DEFAULT_RECIPE: dict[str, Any] = {
     "widths": [32, 64, 128],
     "depths": [1, 1],
@@ -26,27 +25,6 @@ DEFAULT_RECIPE: dict[str, Any] = {
     "batch_size": 128,
     "label_smoothing": 0.05,
     "cycles": [{"epochs": 16, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 2, "flip": True}],
-}
-RECIPES = {
-    "cifar10": DEFAULT_RECIPE
-    | {
-        "widths": [48, 96, 192, 256],
-        "depths": [1, 1, 1],
-        "mirror": True,
-        "cycles": [
-            {"epochs": 24, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 3, "flip": True},
-            {"epochs": 10, "learning_rate": 0.06, "weight_decay": 5e-4, "shift": 2, "flip": True},
-        ],
-    },
-    # ends without flips: a classifier that is blind to them could not see that they put shoes off the data
-    "fashion_mnist": DEFAULT_RECIPE
-    | {
-        "cycles": [
-            {"epochs": 10, "learning_rate": 0.2, "weight_decay": 5e-4, "shift": 2, "flip": True},
-            {"epochs": 8, "learning_rate": 0.1, "weight_decay": 1e-4, "shift": 2, "flip": False},
-            {"epochs": 12, "learning_rate": 0.07, "weight_decay": 1e-4, "shift": 1, "flip": False},
-        ]
-    },
 }
 FIXED_TRAIN = 10_000  # training images whose features are kept
 
@@ -76,9 +54,9 @@ class ResidualBlock(nn.Module):
 class FeatureNet(nn.Module):
     """A small ResNet classifier: float N x C x H x W in [-1, 1] -> features N x widths[-1], logits N x classes.
 
-    Its features are the activations before the last layer, averaged over positions; with `mirror`, once trained, also over
-    the image and its mirror image, which makes a better classifier of data where left and right mean nothing. `name`, `sha256` (of the weights'
-    file), `classes` and `test_accuracy` are set by `load_features`.
+    Its features are the activations before the last layer, averaged over positions. With `mirror`, once trained, they
+    are also averaged over the image and its mirror image: better where left and right mean nothing. `load_features`
+    sets `name`, `sha256` (of the weights' file), `classes` and `test_accuracy`.
     """
 
     name = sha256 = ""
@@ -107,7 +85,7 @@ class FeatureNet(nn.Module):
 
 
 def shift_and_flip(images: torch.Tensor, shift: int, flip: bool, generator: torch.Generator) -> torch.Tensor:
-    """Move each image (uint8, N x C x H x W) by up to `shift` pixels, reflected at the border, and perhaps flip half."""
+    """Move each image (uint8, N x C x H x W) by up to `shift` pixels, reflected at the border; perhaps flip it."""
     n, _, height, width = images.shape
     padded = F.pad(to_model(images), (shift,) * 4, mode="reflect")
     top, left = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
@@ -132,67 +110,42 @@ def train_features(name: str, seed: int = 0) -> dict:
     Nesterov SGD, learning-rate cycles, label smoothing. The state after every epoch is in runs/features_NAME/, where an
     interrupted training goes on; delete it to start again. Returns the facts that the weights' file records.
     """
-    checkpoint_path("features", name)  # refuses a name that it could not be kept under, before the work
-    train, test = load_whole(name), load_whole(name, "test")
-    if train.labels is None or len(train.classes) < 2:
-        raise UserError(f"{name} has no labels, so there is nothing to train a classifier on")
+    weights_path, reference_path = (checkpoint_path(kind, name) for kind in ("features", "reference"))
+    train, test = load_splits(name, labels=True)
+    if len(train.classes) < 2:
+        raise UserError(f"{name} has one class only, so there is nothing to train a classifier on")
     if name == "fashion_mnist" and len(train) < 60_000:
         raise UserError("the shipped sample is too small: run `python download_datasets.py fashion_mnist` first")
-    recipe = RECIPES.get(name, DEFAULT_RECIPE)
-    if len(train) < recipe["batch_size"]:
-        raise UserError(
-            f"{len(train)} training images are too few for a classifier: it needs {recipe['batch_size']} or more"
-        )
+    recipe = DEFAULT_RECIPE | (DATASETS[name].recipe if name in DATASETS else {})
+    if len(train) < (least := recipe["batch_size"]):
+        raise UserError(f"{len(train)} training images are too few for a classifier: it needs {least} or more")
     architecture = {
         "channels": train.images.shape[1],
         "image_size": train.image_size,
         "classes": len(train.classes),
-        "widths": recipe["widths"],
-        "depths": recipe["depths"],
-        "mirror": recipe["mirror"],
+        **{key: recipe[key] for key in ("widths", "depths", "mirror")},
     }
     torch.manual_seed(seed)
     net = FeatureNet(**architecture).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, nesterov=True)
     epochs = [(cycle, i / cycle["epochs"]) for cycle in recipe["cycles"] for i in range(cycle["epochs"])]
-    path = ROOT / f"runs/features_{Path(name).name}/state.pt"
-    folder = describe_folder(name)
+    folder, history = describe_folder(name), []
     identity = json.dumps([architecture, recipe, seed, len(train), folder])
-    history: list[dict] = []
-    if path.exists():
-        try:
-            state = torch.load(path, weights_only=True)
-        except Exception as error:  # torch.load raises whatever the bytes happen to provoke
-            raise UserError(f"{path} is damaged: delete it to start again") from error
-        if state["identity"] == identity:
-            net.load_state_dict(state["net"])
-            optimizer.load_state_dict(state["optimizer"])
-            history = state["history"]
-            say(f"going on after epoch {len(history)}")
+    states = ROOT / f"runs/features_{Path(name).name}"
+    state, path = load_state(states, {"identity", "net", "optimizer", "history"})
+    if state is not None and state["identity"] == identity:
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        history = state["history"]
+        say(f"going on after epoch {len(history)}")
     for epoch in range(len(history), len(epochs)):
         start = time.perf_counter()
         loss = train_epoch(net, optimizer, train, recipe, *epochs[epoch], seed, epoch)
-        history.append(
-            {
-                "epoch": epoch + 1,
-                "loss": loss,
-                "test_accuracy": accuracy(net, test),
-                "seconds": round(time.perf_counter() - start, 1),
-            }
-        )
+        measured = {"epoch": epoch + 1, "loss": loss, "test_accuracy": accuracy(net, test)}
+        history.append(measured | {"seconds": round(time.perf_counter() - start, 1)})
         say(json.dumps(history[-1]))
-        with atomic_path(path) as temporary:
-            state = io.BytesIO()  # PyTorch reports a full disk as a RuntimeError
-            torch.save(
-                {
-                    "identity": identity,
-                    "net": net.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "history": history,
-                },
-                state,
-            )
-            temporary.write_bytes(state.getbuffer())
+        state = {"identity": identity, "step": epoch + 1, "history": history}
+        save_state(states, state | {"net": net.state_dict(), "optimizer": optimizer.state_dict()})
     net.half().float()  # from here on exactly what the file will hold
     facts = {
         "data": name,
@@ -205,49 +158,36 @@ def train_features(name: str, seed: int = 0) -> dict:
         "classes": train.classes,
         "history": history,
     }
-    reference = make_reference(net, train, test)
     weights = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
-    save_tensors(checkpoint_path("features", name), weights, facts)
-    save_tensors(
-        checkpoint_path("reference", name),
-        reference,
-        {
-            "data": Path(name).name,
-            "train_images": len(train),
-            "test_images": len(test),
-            "features_sha256": sha256(checkpoint_path("features", name)),
-        },
-    )
-    for kind in ("features", "reference"):
-        say(f"wrote {checkpoint_path(kind, name)}")
+    save_tensors(weights_path, weights, facts)
+    counts = {"train_images": len(train), "test_images": len(test), "features_sha256": sha256(weights_path)}
+    save_tensors(reference_path, make_reference(net, train, test), {"data": Path(name).name} | counts)
+    say(f"wrote {weights_path} and {reference_path}")
     return facts
 
 
-def load_whole(name: str | Path, split: str = "train", image_size: int | None = None) -> ImageData:
-    """`load_data`, but training photographs, which are kept larger for random crops, are as large as the test images."""
-    data = load_data(name, split, image_size)
-    if data.images.shape[-1] != data.image_size:
-        data.images = resize(data.images, data.image_size)
-    return data
+def load_splits(
+    name: str | Path, image_size: int | None = None, channels: int | None = None, labels: bool = False
+) -> tuple[ImageData, ImageData]:
+    """The training and the test images, all of one size: none are kept larger for random crops. Says what was read."""
+    train, test = (load_data(name, split, image_size, channels, labels) for split in ("train", "test"))
+    say(describe(train, test, labels))
+    if train.images.shape[-1] != train.image_size:
+        train.images = resize(train.images, train.image_size)
+    return train, test
 
 
 def train_epoch(
-    net: FeatureNet,
-    optimizer: torch.optim.Optimizer,
-    train: ImageData,
-    recipe: dict,
-    cycle: dict,
-    begin: float,
-    seed: int,
-    epoch: int,
+    net, optimizer, train: ImageData, recipe: dict, cycle: dict, begin: float, seed: int, epoch: int
 ) -> float:
     """One pass over the data, `begin` (0..1) of the way through `cycle`; its mean loss."""
     assert train.labels is not None
     net.train()
-    steps, losses = len(train) // recipe["batch_size"], []
-    order = torch.randperm(len(train), generator=generator(seed, epoch))
+    batch_size, losses = recipe["batch_size"], []
+    steps = len(train) // batch_size
+    batches = torch.randperm(len(train), generator=generator(seed, epoch)).split(batch_size)
     for step in progress(range(steps), desc=f"epoch {epoch + 1}"):
-        index = order[step * recipe["batch_size"] : (step + 1) * recipe["batch_size"]]
+        index = batches[step]
         x = shift_and_flip(train.images[index], cycle["shift"], cycle["flip"], generator(seed, epoch, step))
         with autocast("cpu"):
             logits = net(x)[1]
@@ -276,12 +216,11 @@ def accuracy(net: FeatureNet, data: ImageData) -> float:
 
 
 def checkpoint_path(kind: str, name: str | Path) -> Path:
-    """checkpoints/KIND_NAME.safetensors. Raises UserError for a folder that only shares its name with a built-in data set."""
-    if str(name) != Path(name).name and Path(name).name in ("fashion_mnist", *FOLDERS):
-        raise UserError(
-            f"{name} is called like the built-in {Path(name).name}: use that name for it, or rename the folder"
-        )
-    return CHECKPOINTS / f"{kind}_{Path(name).name}.safetensors"
+    """checkpoints/KIND_NAME.safetensors. Raises UserError for a folder that is called like built-in data."""
+    short = Path(name).name
+    if str(name) != short and short in DATASETS:
+        raise UserError(f"{name} is called like the built-in {short}: use that name for it, or rename the folder")
+    return CHECKPOINTS / f"{kind}_{short}.safetensors"
 
 
 def load_features(name: str | Path) -> FeatureNet:
@@ -290,8 +229,11 @@ def load_features(name: str | Path) -> FeatureNet:
         raise UserError(f"there is no folder {name}")
     path = checkpoint_path("features", name)
     known = ", ".join(sorted(p.stem.removeprefix("features_") for p in CHECKPOINTS.glob("features_*.safetensors")))
-    hint = f"`python evaluate.py train-features {name}` makes it (there is one of: {known or 'no data set'})"
-    weights, config = read_file(path, hint)
+    hint = (
+        f"`python evaluate.py train-features {name}` makes it where images have class labels; without, add --features "
+        f"cifar10 for photographs (there is a classifier of {known or 'no data set'})"
+    )
+    weights, config = read_tensors(path, hint)
     try:
         net = FeatureNet(**config["architecture"])
         net.load_state_dict(weights)
@@ -333,16 +275,20 @@ def load_reference(
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """What `make_reference` made of data set `name` in the features of `net`, and its facts. Raises UserError.
 
-    Of the classifier's own data set it is in checkpoints/; of another one it is computed, which needs the images. They are
-    loaded at `image_size`, the samples' (None: the classifier's), and from there shrunk as samples are.
+    Of the classifier's own data set it is in checkpoints/; of another one it is computed, which needs the images. These
+    are loaded at `image_size`, the samples' (None: the classifier's), and from there shrunk as samples are.
     """
     if Path(name).name == net.name:
         path = checkpoint_path("reference", name)
-        reference, facts = read_file(path, f"run `python evaluate.py train-features {name}`")
+        reference, facts = read_tensors(path, f"run `python evaluate.py train-features {name}`")
         if facts["features_sha256"] != net.sha256:
             raise UserError(f"{path.name} was made with other weights: run `python evaluate.py train-features {name}`")
+        kind, size = "grey" if net.image_shape[0] == 1 else "RGB", f"{net.image_shape[1]} x {net.image_shape[2]}"
+        counts = f"{facts['train_images']:,} images for training, {facts['test_images']:,} held out"
+        say(f"data: {counts}; {size} {kind}; {len(net.classes)} classes: {', '.join(net.classes)}")
         return reference, facts | {"sha256": sha256(path)}
-    train, test = (load_whole(name, split, image_size or net.image_shape[-1]) for split in ("train", "test"))
+    channels = None if str(name) in DATASETS else net.image_shape[0]
+    train, test = load_splits(name, image_size or net.image_shape[-1], channels)
     train.images, test.images = shrink(net, train.images), shrink(net, test.images)
     check_shape(net, test.images)
     reference = make_reference(net, train, test)
@@ -357,6 +303,8 @@ def check_shape(net: FeatureNet, images: torch.Tensor) -> None:
 
 
 def shrink(net: FeatureNet, images: torch.Tensor) -> torch.Tensor:
-    """Larger square images as small as the classifier takes them; others as they are."""
-    size = net.image_shape[-1]
-    return resize(images, size) if images.shape[-2] == images.shape[-1] > size else images
+    """Larger square images as small as the classifier takes them, and grey ones in its three channels."""
+    channels, _, size = net.image_shape
+    if images.shape[-2] == images.shape[-1] > size:
+        images = resize(images, size)
+    return images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images

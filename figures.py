@@ -5,8 +5,10 @@ of its own, so that a print in grey can be read too. What a colour means is the 
 """
 
 import contextlib
+import inspect
 import io
 import json
+import os
 from pathlib import Path
 
 import matplotlib
@@ -17,12 +19,14 @@ from PIL import Image
 
 from ddpm import SCHEDULES, Diffusion
 from image_data import load_data
-from utils import ROOT, atomic_path, generator, image_grid, sha256, to_uint8, write_json
+from utils import ROOT, atomic_path, generator, image_grid, progress, sha256, to_uint8, write_json
 
 FIGURES = ROOT / "report/figures"
 PICTURES = ROOT / "report/pictures"
 RESULTS = ROOT / "report/results"
 CHECKPOINTS = ROOT / "checkpoints"
+# Set by report/build.py: then results are written, and widgets are drawn as pictures.
+PUBLISHING = bool(os.environ.get("DDPM_PUBLISHING"))
 
 ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
 SCHEDULE_STYLE = {
@@ -82,7 +86,7 @@ def save(fig, name, sources=()):
 
 
 def record(name, suffix, contents, sources):
-    """Write the figure, and beside it NAME.json: what it was drawn from, so that the report can tell if that changed."""
+    """Write the figure, and beside it NAME.json: what it was drawn from. So the report can tell if that changed."""
     with atomic_path(FIGURES / f"{name}{suffix}") as temporary:
         temporary.write_bytes(contents)
     hashes = {Path(source).relative_to(ROOT).as_posix(): sha256(source) for source in sources}
@@ -91,7 +95,10 @@ def record(name, suffix, contents, sources):
 
 def save_result(name, result):
     """Write numbers for the report to report/results/NAME.json, at six digits, which no processor changes."""
-    write_json(RESULTS / f"{name}.json", six_digits(result))
+    if PUBLISHING:
+        write_json(RESULTS / f"{name}.json", six_digits(result))
+    else:
+        print(f"results/{name}.json stays as it is: `python report/build.py notebooks` writes it")
 
 
 def six_digits(value):
@@ -133,20 +140,18 @@ def pixels(images, columns, scale=4, padding=1):
 
 
 def real_images(name, count=8):
-    """Test images of a data set that is not shipped, N x 3 x H x W: the first of each class, or `count` evenly spaced ones (folders
-    of photographs are in the order of their names).
+    """Test images of a data set that is not shipped, N x 3 x H x W: the first of each of ten classes, or `count` evenly
+    spaced ones.
 
     They are kept in report/pictures/real_NAME.png, which is read where the data is not there.
     """
     path = PICTURES / f"real_{name}.png"
     if not path.is_file():
         data = load_data(name, "test")
-        labels = data.labels if data.labels is not None and len(data.classes) == 10 else None
-        index = (
-            [i * len(data) // count for i in range(count)]
-            if labels is None
-            else [int((labels == label).nonzero()[0]) for label in range(10)]
-        )
+        if data.labels is not None and len(data.classes) == 10:
+            index = [int((data.labels == label).nonzero()[0]) for label in range(10)]
+        else:
+            index = [i * len(data) // count for i in range(count)]
         strip = image_grid(data.images[index], len(index), padding=0)
         with atomic_path(path) as temporary:
             Image.fromarray(strip).save(temporary)
@@ -186,9 +191,8 @@ def labelled_rows(rows, column_labels=None, scale=4, width=TEXT_WIDTH, gap=1):
     axes.xaxis.tick_top()
     pitch_x, pitch_y = (side + gap) * scale, (height + gap) * scale
     longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
-    font_size = min(
-        plt.rcParams["font.size"], 72 * picture_width / count / (0.6 * longest)
-    )  # so that labels do not touch
+    room = 72 * picture_width / count / (0.6 * longest)  # so that labels do not touch
+    font_size = min(plt.rcParams["font.size"], room)
     axes.set_xticks([gap * scale / 2 + (i + 0.5) * pitch_x for i in range(len(labels))], labels, fontsize=font_size)
     axes.set_yticks([gap * scale / 2 + (i + 0.5) * pitch_y for i in range(len(rows))], list(rows))
     return fig
@@ -224,7 +228,10 @@ def frontier(sweeps):
     for line, (name, rows) in zip(axes, sweeps.items(), strict=True):
         for axis, (label, measure) in zip(line, measures.items(), strict=True):
             for weights, style in WEIGHTS_STYLE.items():
-                curve = sorted((r for r in rows if r["weights"] == weights), key=lambda r: r["cfg_scale"])
+                curve = sorted(
+                    (r for r in rows if r["weights"] == weights and not r.get("cfg_interval")),
+                    key=lambda r: r["cfg_scale"],
+                )
                 points = [(100 * r["quality"]["labels"]["agreement"], r["quality"][measure]) for r in curve]
                 axis.plot(*zip(*points, strict=True), label=weights, **style)
                 for r, point in zip(curve, points, strict=True):
@@ -247,3 +254,75 @@ def frontier(sweeps):
         line[0].set_ylim(0.75 * min(distances), 1.3 * max(distances))
         line[1].legend(loc="lower left")
     return fig
+
+
+# --- for the notebooks ---
+
+
+def code(*functions):
+    """Their source, with the comments above, as a notebook shows it."""
+    from IPython.display import Markdown
+
+    sources = [(inspect.getcomments(f) or "") + inspect.getsource(f) for f in functions]
+    return Markdown("```python\n" + "\n\n".join(sources) + "```")
+
+
+def watch(losses, draw, total, redraws=8):
+    """Iterate over `total` training losses; show their curve and, below it, the images that draw() makes on the way.
+
+    Returns the losses as a list.
+    """
+    from IPython.display import display
+
+    seen, handle = [], display("training ...", display_id=True)
+    for loss in progress(losses, total=total, desc="training"):
+        seen.append(float(loss))
+        if len(seen) % max(1, total // redraws) and len(seen) != total:
+            continue
+        fig, (curve, strip) = subplots(2, 1, height=3, height_ratios=[1.4, 1])
+        curve.plot(seen, color="0.8")
+        smooth = [np.mean(seen[max(0, i - 20) : i + 1]) for i in range(len(seen))]
+        curve.plot(smooth, color="black")
+        curve.set(xlabel="step", ylabel="loss", xlim=(0, total), ylim=(0, max(smooth[min(10, len(smooth) - 1) :])))
+        images = draw()
+        strip.imshow(pixels(images, len(images), scale=4), interpolation="none")
+        strip.axis("off")
+        plt.close(fig)
+        handle.update(fig)
+    return seen
+
+
+def table(heads, rows):
+    """A Markdown table; numbers that are not whole have three digits."""
+    from IPython.display import Markdown
+
+    lines = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]))
+
+
+def slider(images_at, last, name, start=0.3):
+    """A slider over 0..last that shows images_at(value) (N x C x H x W) side by side; when published, a picture."""
+    import ipywidgets as widgets
+
+    def png(value):
+        buffer, images = io.BytesIO(), images_at(value)
+        scale = max(1, 900 // (len(images) * images.shape[-1]))
+        Image.fromarray(pixels(images, len(images), scale)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    first = round(start * last)
+    image = widgets.Image(value=png(first), format="png")
+    if PUBLISHING:
+        return still(image.value, f"{name} = {first}")
+    control = widgets.IntSlider(value=first, max=last, description=name, layout={"width": "900px"})
+    control.observe(lambda change: setattr(image, "value", png(change["new"])), "value")
+    return widgets.VBox([control, image])
+
+
+def still(png, caption):
+    """What stands for a widget in a notebook that nobody runs: a picture, and what it shows."""
+    from IPython.display import Image as Picture
+    from IPython.display import Markdown, display
+
+    display(Picture(png))
+    return Markdown(f"*{caption}. Run this cell for the controls.*")

@@ -8,6 +8,7 @@
 # PYTHON=python3.12 bash run.sh takes that Python; otherwise the first one that is new enough.
 set -euo pipefail
 cd "$(dirname "$0")"
+case ${OSTYPE:-} in msys | cygwin) bin=.venv/Scripts ;; *) bin=.venv/bin ;; esac # the former: Git's bash on Windows
 
 stage() { printf '\n== %s\n' "$*"; }
 fail() { printf 'run.sh: error: %s\n' "$*" >&2; exit 2; }
@@ -32,18 +33,18 @@ install() {
         echo "$1: installed"
         return
     fi
-    .venv/bin/python -m pip install --disable-pip-version-check -r "$1" ||
+    "$bin/python" -m pip install --disable-pip-version-check -r "$1" ||
         fail "could not install $1: the last lines above say why; the same command goes on from here"
     cp "$1" "$stamp"
 }
 
 setup() {
     stage "Python environment in .venv"
-    if .venv/bin/python -c '' 2>/dev/null; then
-        .venv/bin/python -c "$new_enough" ||
+    if "$bin/python" -c '' 2>/dev/null; then
+        "$bin/python" -c "$new_enough" ||
             fail "the Python of .venv is older than 3.10: move .venv away, then run this again"
         # half made, or made by a tool that puts no pip in: it may hold what you installed, so it stays
-        .venv/bin/python -c 'import pip' 2>/dev/null || .venv/bin/python -m ensurepip ||
+        "$bin/python" -c 'import pip' 2>/dev/null || "$bin/python" -m ensurepip ||
             fail ".venv has no pip and cannot get one: move it away, then run this again"
     else
         local python
@@ -64,6 +65,6 @@ fi
 
 setup
 stage "Notebooks: executed copies go to build/, their figures to report/figures"
-.venv/bin/python report/build.py notebooks
+"$bin/python" report/build.py notebooks
 stage "Report"
-.venv/bin/python report/build.py pdf --lastname "${LASTNAME:-Lastname}"
+"$bin/python" report/build.py pdf --lastname "${LASTNAME:-Lastname}"

@@ -1,11 +1,14 @@
-"""The one training loop, its exact resume, and checkpoint files.
+"""The one training loop, its exact resume, and what it does in several processes.
 
-Every random draw of step k (which images, flips, timesteps, noise, dropped labels) comes from (seed, k) and is made for the
-global batch. So on a CPU a run that was killed and resumed ends with the same bits as one that was not, and several
-processes each take their slice of the same batch.
+`steps` is the loop: a generator that makes a step each time it is asked for one. `train` asks for all of them, and
+keeps the run in a folder meanwhile.
+
+Every random draw of step k (which images, flips, timesteps, noise, dropped labels) comes from (seed, k) and is made for
+the global batch. So on a CPU a run that was killed and resumed ends with the same bits as one that was not, and
+several processes each take their slice of the same batch.
 
 A run folder holds:
-    state_STEP_HASH.pt   everything needed to go on: the newest two; HASH is the contents' SHA-256, so damage is noticed
+    state_STEP_HASH.pt   everything needed to go on: the newest two
     samples_STEP.png     the same noise, denoised by the averaged weights as training goes on
     model.safetensors    the finished weights, with the configuration and the loss of every step inside
     config.json          the finished run's configuration, to read
@@ -14,31 +17,32 @@ A run folder holds:
 import atexit
 import contextlib
 import ctypes
-import fcntl
+import errno
 import functools
 import gc
-import hashlib
 import importlib
-import io
 import json
 import math
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
+import weights
 from ddpm_conditional import drop_labels, with_labels
 from image_data import augment
 from modules import EMA
 from utils import (
     UserError,
-    atomic_path,
     autocast,
     generator,
     is_out_of_memory,
+    look_up,
     pick_device,
     pick_precision,
     progress,
@@ -47,111 +51,474 @@ from utils import (
     to_uint8,
     write_json,
 )
-from weights import (
-    build_diffusion,
-    build_model,
-    check_image_size,
-    image_shape,
-    load_weights,
-    read_checkpoint,
-    save_checkpoint,
-    select_weights,
-)
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+# How the timesteps of a batch of n are drawn. "vlb" draws t in proportion to its weight in the variational bound:
+# without weights in the loss, the gradient is the bound's on average, up to a factor.
+TIMESTEP_SAMPLING = {
+    "uniform": lambda diffusion, n, g: torch.randint(diffusion.timesteps, (n,), generator=g),
+    "vlb": lambda diffusion, n, g: torch.multinomial(diffusion.vlb_weights.cpu(), n, replacement=True, generator=g),
+}
+# config["train"] where it says nothing
+DEFAULTS = {
+    "loss": "l2",
+    "steps": None,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "cooldown": 0.0,
+    "optimizer": "adam",
+    "seed": 0,
+    "precision": None,
+    "ema_betas": [],
+    "ema_start": 500,
+    "p_uncond": 0.1,
+    "label_dropout": "example",
+    "timestep_sampling": "uniform",
+}
 MAX_STEPS = 10**8  # more is a mistake, and the losses are kept in memory
+FEW_STEPS = 1000  # after fewer, samples are hardly more than blobs
 TIMED_STEPS = 20  # with --minutes: how many steps are timed before the run's length is fixed
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A model in training, in memory: `steps` trains it.
+
+    config: {"model": ..., "diffusion": ..., "data": {"image_size": ...}, "train": DEFAULTS or other values}; it is
+    completed in place. rank, world: this process's number of how many. accumulate: into how many parts a batch is cut.
+    losses: those of the steps made, which whoever iterates over `steps` may append.
+    """
+
+    def __init__(self, config, data, device="cpu", rank=0, world=1, accumulate=1, compiled=False):
+        self.config, self.data, self.device = config, data, torch.device(device)
+        self.rank, self.world, self.accumulate, self.compiled = rank, world, accumulate, compiled
+        settings = config["train"] = DEFAULTS | config["train"]
+        if settings["precision"] is None:  # it is found by timing, and all processes must agree
+            settings["precision"] = from_rank_0(pick_precision(self.device), world)
+        torch.manual_seed(settings["seed"])
+        self.model = weights.build_model(config["model"]).to(self.device, memory_format=torch.channels_last).train()
+        weights.check_image_size(self.model, config["data"]["image_size"])
+        self.diffusion = weights.build_diffusion(config["diffusion"]).to(self.device)
+        self.emas = {f"ema_{b:g}": EMA(b, settings["ema_start"]) for b in settings["ema_betas"]}
+        self.ema_models = {kind: EMA.copy_of(self.model) for kind in self.emas}
+        fused = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
+        self.optimizer = OPTIMIZERS[settings["optimizer"]](self.model.parameters(), lr=settings["lr"], **fused)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings["precision"] == "float16")
+        self.step, self.losses = 0, []
+
+    def start_from(self, path):
+        """Take over the weights of a checkpoint, raw and averaged, as far as it has both."""
+        tensors, config = weights.read_checkpoint(path)
+        kinds = {name.split("/")[0] for name in tensors}
+        if "raw" not in kinds:
+            say(f"{path} has no raw weights: training starts from {weights.find_kind(tensors, None, config, path)}")
+        kind_of = dict.fromkeys(self.ema_models.values()) | {self.model: "raw" if "raw" in kinds else None}
+        for network, kind in kind_of.items():
+            state, own = weights.select_weights(tensors, kind, config, path), network.state_dict()
+            there, here = (s.pop("label_emb.weight", torch.zeros(0, 0)) for s in (state, own))
+            if len(there) != len(here):
+                say(f"{path} was trained on {len(there)} classes, not {len(here)}: the labels are learnt anew")
+                there = here
+            weights.load_weights(network, state | ({"label_emb.weight": there} if len(here) else {}), path)
+
+    def state(self):
+        """All that is needed to go on from here, for torch.save."""
+        return {
+            "config": json.dumps(self.config, sort_keys=True),
+            "step": self.step,
+            "losses": torch.tensor(self.losses),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "emas": {kind: model.state_dict() for kind, model in self.ema_models.items()},
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state):
+        self.step, self.losses = state["step"], state["losses"][: state["step"]].tolist()
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for kind, average in state["emas"].items():
+            self.ema_models[kind].load_state_dict(average)
+            self.emas[kind].step = state["step"]
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def steps(run):
+    """The training loop (Ho et al. 2020, algorithm 1): each step yields its loss, a scalar, still on the device.
+
+    It ends after config["train"]["steps"] steps (None: never). Whoever iterates shows, checks, saves and stops.
+    """
+    settings = run.config["train"]
+    network = torch.compile(run.model) if run.compiled else run.model
+    if run.world > 1:
+        network = torch.nn.parallel.DistributedDataParallel(network)
+    keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    while settings["steps"] is None or run.step < settings["steps"]:
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, run.step)
+        losses = []
+        for x0, t, noise, labels in parts_of_batch(run, network):
+            # Homework TODO 89-94: the training step; drop_labels has already dropped some of the labels
+            with autocast(run.device, settings["precision"]):
+                loss = run.diffusion.loss(with_labels(network, labels), x0, t, noise, settings["loss"]) / run.accumulate
+            run.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad()
+        for kind, ema in run.emas.items():
+            ema.step_ema(run.ema_models[kind], run.model)
+        run.step += 1
+        yield mean_over_processes(sum(losses), run.world)
+
+
+def learning_rate(settings, step):
+    """Constant; with a cooldown, linear to 0 over that share of all steps, the last ones."""
+    total, cooldown = settings["steps"], settings["cooldown"]
+    return settings["lr"] * min(1, (total - step) / (cooldown * total)) if total and cooldown else settings["lr"]
+
+
+def parts_of_batch(run, network):
+    """This process's share of the step's batch on its device, in run.accumulate parts: x0, t, noise, labels."""
+    batch = draw_batch(run.data, run.config, run.step, run.diffusion)
+    first, last = run.rank * run.accumulate, (run.rank + 1) * run.accumulate - 1
+    for part in range(first, last + 1):
+        x0, t, noise, labels = (
+            None if b is None else b.chunk(run.world * run.accumulate)[part].to(run.device) for b in batch
+        )
+        x0, noise = (b.contiguous(memory_format=torch.channels_last) for b in (x0, noise))
+        # the processes exchange gradients once a step, after its last part
+        with network.no_sync() if run.world > 1 and part < last else contextlib.nullcontext():
+            yield x0, t, noise, labels
+
+
+def draw_batch(data, config, step, diffusion):
+    """Everything random about a step's global batch: x0 and noise (N x C x H x W), t and labels (int64, N; or None)."""
+    train = DEFAULTS | config["train"]
+    g = generator(train["seed"], 1, step)
+    index = draw_indices(train["seed"], step, train["batch_size"], len(data.images))
+    x0 = augment(data, index, g)
+    t = look_up(TIMESTEP_SAMPLING, train["timestep_sampling"], "timestep sampling")(diffusion, len(x0), g)
+    noise = torch.randn(x0.shape, generator=g)  # Homework TODO 556: the random noise
+    labels = None
+    if config["model"].get("num_classes"):
+        labels = drop_labels(data.labels[index], train["p_uncond"], g, train["label_dropout"])
+    return x0, t, noise, labels
+
+
+def draw_indices(seed, step, batch_size, count):
+    """Which images step `step` sees: the batches of an endless row of shuffled epochs."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    epochs = {p // count: None for p in positions}
+    for epoch in epochs:
+        epochs[epoch] = epoch_order(seed, epoch, count)
+    return torch.tensor([epochs[p // count][p % count] for p in positions])
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, count):
+    return torch.randperm(count, generator=generator(seed, 0, epoch)).tolist()
 
 
 def keep_freed_memory():
     """Tell glibc to keep freed memory. Returned to the system, it is faulted in again, page by page, in every step."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or Windows
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that glibc takes
 
 
-# --- state: what an interrupted run needs to go on -------------------------------------------------------------------
+# --- a run in its folder ---------------------------------------------------------------------------------------------
 
 
-# The names that a run gives its files, so that no other file in its folder is ever deleted.
-HEX = "[0-9a-f]"
-STATES = f"state_{'[0-9]' * 8}_{HEX * 16}.pt"
-HALF_WRITTEN = [
-    f".{name}-{HEX * 8}.{suffix}"
-    for name, suffix in (("state_*", "pt"), ("samples_*", "png"), ("model", "safetensors"), ("config", "json"))
-]
+def train(config, data, out, resume=False, device="auto", minutes=None, sample_every=0, init=None, **options):
+    """Train as `config` says and return the path of the finished model.safetensors; config and options as for `Run`.
 
-
-def save_state(folder, state, good=()):
-    """Write state_STEP_HASH.pt atomically, then drop all states but it and the last one of `good`, known to be whole.
-
-    Returns the two paths. (The newest by name may be damaged: then the run went on from one before it.)
+    minutes: how long, where config["train"]["steps"] is None. init: a checkpoint whose weights a new run starts from.
+    Raises UserError for bad input, KeyboardInterrupt once everything is saved after Ctrl-C or a termination request.
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    contents = buffer.getbuffer()
-    path = folder / f"state_{state['step']:08d}_{hashlib.sha256(contents).hexdigest()[:16]}.pt"
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(contents)
-    good = [*[p for p in good if p != path][-1:], path]
-    for old in set(folder.glob(STATES)) - set(good):
-        old.unlink()
-    return good
-
-
-STATE_PARTS = {"config", "step", "losses", "model", "optimizer", "emas", "scaler"}
-
-
-def load_state(folder):
-    """The newest undamaged state of a run folder and its path; None, None where there is none."""
-    for path in sorted(folder.glob(STATES), reverse=True):
-        contents = path.read_bytes()
-        if hashlib.sha256(contents).hexdigest()[:16] == path.stem.split("_")[-1]:
+    out = Path(out)
+    if not out.name:
+        raise UserError(f"a run needs a folder of its own, such as --out runs/NAME, not {str(out)!r}")
+    settings = config["train"] = DEFAULTS | config["train"]
+    batch_size, accumulate = settings["batch_size"], options.get("accumulate", 1)
+    with process_group(device) as (rank, world), contextlib.ExitStack() as stack:
+        if batch_size % (world * accumulate):
+            parts = f"processes x --accumulate = {world * accumulate}"
+            raise UserError(f"--batch-size {batch_size} must be a multiple of {parts}")
+        held = None
+        if rank == 0:
             try:
-                state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
-                if STATE_PARTS <= state.keys():
-                    return state, path
-            except Exception as error:  # not written by this program: torch.load raises what it likes
-                if is_out_of_memory(error):
-                    raise
-        say(f"{path} is damaged: going on from the state before it")
-    return None, None
+                stack.enter_context(locked(out))
+            except (UserError, OSError) as error:
+                held = error
+        device = pick_device(device)
+        if any_process(held is not None, world, device):  # or the others would wait for rank 0
+            raise held or Held(f"process 0 cannot train in {out}: see its message")
+        stop_requested = stack.enter_context(stop_signals())  # before the first state, which says that a run can go on
+        try:
+            folder = RunFolder(out, rank, world)
+            state = folder.open(config, resume)
+            run = Run(config, data, device, rank, world, **options)
+            if state is not None:
+                run.restore(state)
+            else:
+                if init is not None:
+                    run.start_from(init)
+                folder.save(run)
+            make_all_steps(run, folder, stop_requested, minutes, sample_every)
+        except (MemoryError, RuntimeError) as error:
+            if world > 1 and "closed by peer" in str(error):
+                raise UserError("another process has failed: see its message") from error
+            if options.get("compiled") and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                reason = "torch.compile does not work here (has this machine a C++ compiler?)"
+                raise UserError(f"{reason}: leave --compile out") from error
+            if not is_out_of_memory(error):
+                raise
+            smaller = f"--batch-size {max(1, batch_size // 2)}"
+            raise UserError(
+                f"out of memory: try {smaller}, or the same batch in smaller parts with --accumulate {2 * accumulate}"
+            ) from error
+    return out / "model.safetensors"
+
+
+def make_all_steps(run, folder, stop_requested, minutes, sample_every):
+    """Iterate over the run's steps: show them, check them, save them, draw grids, stop when asked to."""
+    settings, unread = run.config["train"], []
+    if settings["steps"] is not None:
+        say_length(run, minutes)
+    bar = progress(total=settings["steps"], initial=run.step, unit="step", desc=folder.path.name, disable=run.rank > 0)
+    # The first step also warms up, and compiles: it is not timed.
+    timed_to = TIMED_STEPS if settings["steps"] is None else run.step + 6
+    timed_from, started = min(run.step + 1, timed_to - 1), time.monotonic()
+    every = 1 if run.device.type == "cpu" else 10  # reading a loss makes a GPU wait: look at ten at a time
+    with bar:
+        for loss in steps(run):
+            unread.append(loss)
+            bar.update()
+            grid_is_due = sample_every and run.step % sample_every == 0
+            if run.step % every and run.step not in (timed_from, timed_to, settings["steps"]) and not grid_is_due:
+                continue
+            folder.read_losses(run, unread)
+            if run.step == timed_from:
+                started = time.monotonic()
+            elif run.step == timed_to:
+                say_or_fix_length(run, (time.monotonic() - started) / (timed_to - timed_from), minutes)
+                if settings["steps"] != bar.total:
+                    bar.reset(total=settings["steps"])
+                    bar.update(run.step)
+                    folder.save(run)
+            bar.set_postfix(loss=f"{sum(run.losses[-100:]) / len(run.losses[-100:]):.4f}", refresh=False)
+            if run.rank == 0 and grid_is_due:
+                folder.sample_grid(run, stop_requested)
+            if any_process(stop_requested(), run.world, run.device):
+                folder.stop(run)
+            if folder.save_is_due():
+                folder.save(run)
+    folder.finish(run)
+
+
+def say_or_fix_length(run, step_seconds, minutes):
+    """From a step's time: how many minutes the run takes, or for good how many steps --minutes are."""
+    settings, notice = run.config["train"], "{minutes:g} minutes are {steps} steps here"
+    if settings["steps"] is not None:
+        minutes = (settings["steps"] - run.step) * step_seconds / 60
+        if run.rank == 0 and minutes > 1:
+            say(f"{settings['steps']:,} steps: {minutes:.0f} more minutes here")
+        return
+    wanted = round(60 * minutes / step_seconds)
+    settings["steps"] = from_rank_0(min(MAX_STEPS, max(run.step, wanted)), run.world)
+    if wanted < run.step:
+        notice = "the run has {steps} steps: {minutes:g} minutes would be fewer, but these had to be timed"
+    say_length(run, notice=notice.format(minutes=minutes, steps=settings["steps"]))
+
+
+def say_length(run, minutes=None, notice=""):
+    """Say what the run's length, once it is known, means for what was asked for."""
+    settings = run.config["train"]
+    total, start = settings["steps"], settings["ema_start"]
+    if minutes and run.step >= total:
+        notice = f"the run's length was fixed at {total} steps: --epochs makes it longer, --minutes does not"
+    few = f"{total} steps are few: expect hardly more than noise before {FEW_STEPS:,} (--epochs, --minutes)"
+    copies = f"the averages begin at step {start}, after the run's last: they will be copies of the raw weights"
+    told = {notice: notice, few: total < FEW_STEPS and not settings.get("init"), copies: run.emas and total <= start}
+    for line, true in told.items():
+        if true and run.rank == 0:
+            say(line)
+
+
+def check_settings(config, started, out):
+    """Raise UserError where `out`'s run, started with the configuration `started`, had other settings than `config`.
+
+    What --minutes, or no --precision, left to the machine is taken over. A run may be made longer.
+    """
+    for name in ("steps", "precision"):
+        if config["train"][name] is None:
+            config["train"][name] = started["train"][name]
+    for section in config:
+        defaults = DEFAULTS if section == "train" else {}
+        ours, theirs = ({**defaults, **c.get(section, {})} for c in (config, started))
+        for name in {**ours, **theirs}:
+            if ours.get(name) != theirs.get(name) and name != "steps":
+                settings = f"{name} = {theirs.get(name)}, not {ours.get(name)}"
+                hint = "--resume goes on with the same settings only; use another --out"
+                raise OtherSettings(f"{out} was started with {settings}: {hint}", name, theirs.get(name))
+
+
+class RunFolder:
+    """A run's folder: its states, grids and finished weights. Process 0 alone writes."""
+
+    # The names that a run gives its files while it writes them, so that no other file in its folder is ever deleted.
+    HALF_WRITTEN = [
+        f".{name}-{'[0-9a-f]' * 8}.{suffix}"
+        for name, suffix in (("state_*", "pt"), ("samples_*", "png"), ("model", "safetensors"), ("config", "json"))
+    ]
+
+    def __init__(self, path, rank=0, world=1):
+        self.path, self.rank, self.world = path, rank, world
+        self.states, self.last_step = [], None
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
+
+    def open(self, config, resume):
+        """The state to go on from, None for a new run. Raises UserError.
+
+        Settings that depend on the machine's speed are taken over from it; what a kill left behind is cleared away.
+        """
+        state, path = weights.load_state(self.path)
+        if self.world > 1:
+            dist.barrier()  # rank 0 writes to the folder only when all have read it
+        if self.rank == 0:
+            older = [p for p in sorted(self.path.glob(weights.STATES)) if path and p < path]
+            for leftover in (*(p for half in self.HALF_WRITTEN for p in self.path.glob(half)), *older[:-1]):
+                leftover.unlink()
+        if state is None:
+            if (self.path / "model.safetensors").exists():
+                raise UserError(f"{self.path} holds a finished run: use another --out, or delete it")
+            return None
+        if not resume:
+            raise UserError(f"{self.path} holds a run already: add --resume to go on with it, or use another --out")
+        settings, step, started = config["train"], state["step"], json.loads(state["config"])
+        check_settings(config, started, self.path)
+        if settings["steps"] is not None and settings["steps"] < step:
+            raise UserError(f"the run in {self.path} has made {step} steps already, more than {settings['steps']}")
+        if self.rank == 0:
+            say(f"going on from step {step} in {self.path}")
+            if learning_rate(DEFAULTS | started["train"], step) < learning_rate(settings, step):
+                say("the learning rate had begun to fall: it rises again, and falls at the end of the longer run")
+        self.states, self.last_step = [path], step
+        return state
+
+    def save(self, run):
+        start = time.monotonic()
+        if self.rank > 0:
+            return
+        if not all(p.isfinite().all() for p in run.model.parameters()):
+            raise self.diverged(run, run.step)
+        self.states = weights.save_state(self.path, run.state(), self.states)
+        self.last_step, self.saved_at = run.step, time.monotonic()
+        self.save_seconds = self.saved_at - start
+
+    def save_is_due(self):
+        """True if saving now takes under 2% of the time."""
+        return time.monotonic() - self.saved_at > max(5, 60 * self.save_seconds)
+
+    def read_losses(self, run, unread):
+        """Move the losses from the device to run.losses. Raises UserError where one is not finite."""
+        run.losses += torch.stack(unread).tolist()
+        for step in range(run.step - len(unread), run.step):
+            if not math.isfinite(run.losses[step]):
+                raise self.diverged(run, step)
+        unread.clear()
+
+    def diverged(self, run, step):
+        return UserError(
+            f"the loss is not finite at step {step} (learning rate {run.config['train']['lr']:g}): try a smaller --lr; "
+            f"the last good state is step {self.last_step} in {self.path}"
+        )
+
+    def stop(self, run):
+        self.save(run)
+        if self.world > 1:
+            dist.barrier()  # torchrun ends all processes as soon as one has left: not in the middle of the save
+        raise KeyboardInterrupt(f"stopped at step {run.step}; the same command with --resume goes on from there")
+
+    def sample_grid(self, run, stop_requested, n=64):
+        """The first 64 images of seed 0, by the first average where there is one, in 20 second-order steps."""
+        model = next(iter(run.ema_models.values()), run.model)
+        labels = torch.arange(n) % model.num_classes if model.num_classes else None
+        x = run.diffusion.trajectory(
+            with_labels(model, labels), weights.image_shape(model, run.config), range(n), sampler="dpm"
+        )
+        with autocast(run.device, run.config["train"]["precision"]):
+            for images in x:
+                if stop_requested():
+                    return
+        save_grid(to_uint8(images).cpu(), self.path / f"samples_{run.step:08d}.png", columns=8)
+
+    def finish(self, run):
+        if self.last_step != run.step:
+            self.save(run)
+        if self.rank == 0:
+            states = {kind: model.state_dict() for kind, model in {"raw": run.model, **run.ema_models}.items()}
+            weights.save_checkpoint(self.path / "model.safetensors", states, run.config, torch.tensor(run.losses))
+            write_json(self.path / "config.json", run.config)
+        if self.world > 1:
+            dist.barrier()  # nobody looks for the weights before they are there
+
+
+class OtherSettings(UserError):
+    """A run was started with other settings; args: the message, the setting's name, and how it was."""
+
+    def __str__(self):
+        return self.args[0]
 
 
 class Held(UserError):
     """Another process is working on the run."""
 
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as Lustre, VirtualBox and some FUSE mounts answer
+
+
 @contextlib.contextmanager
 def locked(folder):
-    """Hold the run folder's lock; a second process that wants it is refused. A new folder that stays empty goes again."""
+    """Hold the run folder's lock, or raise Held if another process does. A new folder that stays empty is removed."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Held(f"another process is training in {folder}: wait for it, or use another --out") from error
-        try:
-            yield
-        finally:
-            if new and os.listdir(folder) == [".lock"]:
-                (folder / ".lock").unlink()
-                folder.rmdir()
+    lock = FileLock(folder / ".lock", blocking=False)
+    try:
+        with warnings.catch_warnings():  # of the kind of lock that serves in place of the system's
+            warnings.simplefilter("ignore")
+            lock.acquire()
+    except Timeout as error:
+        raise Held(f"another process is training in {folder}: wait for it, or use another --out") from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        say(f"{folder} is on a file system without locks: see to it yourself that no other process trains in it")
+    try:
+        yield
+    finally:
+        lock.release()
+        if new and os.listdir(folder) in ([".lock"], []):
+            (folder / ".lock").unlink(missing_ok=True)
+            folder.rmdir()
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a function that tells whether Ctrl-C or a termination request has come; a second Ctrl-C interrupts at once."""
+    """Yield a function that tells whether Ctrl-C or a request to terminate has come. A second Ctrl-C acts at once."""
     received = []
 
-    def handler(number, frame):
+    def handler(signum, frame):
         if (
-            received and number == signal.SIGINT
+            received and signum == signal.SIGINT
         ):  # a second SIGTERM may be torchrun's, which passes on what all received
             raise KeyboardInterrupt
-        received.append(number)
+        received.append(signum)
 
     previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -213,348 +580,18 @@ def any_process(flag, world, device):
     return tensor.item() > 0
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------
+def mean_over_processes(value, world):
+    """The mean of a scalar tensor over the processes."""
+    if world > 1:
+        dist.all_reduce(value, dist.ReduceOp.SUM)
+        value /= world
+    return value
 
 
-def draw_indices(seed, step, batch_size, count):
-    """Which images step `step` sees: the batches of an endless row of shuffled epochs."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    epochs = {p // count: None for p in positions}
-    for epoch in epochs:
-        epochs[epoch] = epoch_order(seed, epoch, count)
-    return torch.tensor([epochs[p // count][p % count] for p in positions])
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, count):
-    return torch.randperm(count, generator=generator(seed, 0, epoch)).tolist()
-
-
-def draw_batch(data, config, step, timesteps):
-    """Everything random about a step's global batch: x0, t, noise, labels."""
-    train = config["train"]
-    g = generator(train["seed"], 1, step)
-    index = draw_indices(train["seed"], step, train["batch_size"], len(data.images))
-    x0 = augment(data, index, g)
-    t = torch.randint(timesteps, (len(x0),), generator=g)
-    noise = torch.randn(x0.shape, generator=g)
-    labels = None
-    if config["model"].get("num_classes"):
-        # One coin for each image, as in Ho & Salimans, or one for the whole batch, as in the course.
-        labels = drop_labels(data.labels[index], train["p_uncond"], g, train["label_dropout"])
-    return x0, t, noise, labels
-
-
-def train(
-    config, data, out, resume=False, device="auto", minutes=None, sample_every=0, compile=False, accumulate=1, init=None
-):
-    """Train as `config` says and return the path of the finished model.safetensors.
-
-    init: a checkpoint whose weights a new run starts from, instead of random ones.
-
-    config: {"model": {...}, "diffusion": {...}, "data": {...}, "train": {"loss", "steps" or None with minutes,
-    "batch_size", "lr", "optimizer", "seed", "p_uncond", "label_dropout", "ema_betas", "ema_start", "precision"}}.
-    Raises UserError for bad input, KeyboardInterrupt once everything is saved after Ctrl-C or a termination request.
-    """
-    out = Path(out)
-    if not out.name:
-        raise UserError(f"a run needs a folder of its own, such as --out runs/NAME, not {str(out)!r}")
-    with process_group(device) as (rank, world), contextlib.ExitStack() as stack:
-        if config["train"]["batch_size"] % (world * accumulate):
-            raise UserError(
-                f"--batch-size {config['train']['batch_size']} must be a multiple of processes x "
-                f"--accumulate = {world * accumulate}"
-            )
-        held = None
-        if rank == 0:
-            try:
-                stack.enter_context(locked(out))
-            except (UserError, OSError) as error:
-                held = error
-        device = pick_device(device)
-        if any_process(held is not None, world, device):  # or the others would wait for rank 0
-            raise held or Held(f"process 0 cannot train in {out}: see its message")
-        stop_requested = stack.enter_context(stop_signals())  # before the first state, which says that a run can go on
-        try:
-            run = Run(config, data, out, device, rank, world, resume, init)
-            run.loop(stop_requested, minutes, sample_every, compile, accumulate)
-        except (MemoryError, RuntimeError) as error:
-            if world > 1 and "closed by peer" in str(error):
-                raise UserError("another process has failed: see its message") from error
-            if compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise UserError(
-                    "torch.compile does not work here (has this machine a C++ compiler?): leave --compile out"
-                ) from error
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"out of memory: try --batch-size {max(1, config['train']['batch_size'] // 2)}, or the same "
-                f"batch in smaller parts with --accumulate {2 * accumulate}"
-            ) from error
-    return out / "model.safetensors"
-
-
-def take_over(settings, started):
-    """Fill in what --minutes, or no --precision, left to the machine: as the run that was `started` had it."""
-    for name in ("steps", "precision"):
-        if settings[name] is None:
-            settings[name] = started[name]
-
-
-def check_settings(config, started, out):
-    """Raise UserError where the run in `out`, started with the configuration `started`, had other settings than `config`.
-
-    The number of steps may differ: a run can be made longer.
-    """
-    for section in config:
-        for name in {**config[section], **started.get(section, {})}:
-            here, there = config[section].get(name), started.get(section, {}).get(name)
-            if here != there and name != "steps":
-                raise UserError(
-                    f"{out} was started with {name} = {there}, not {here}: --resume goes on with the same "
-                    "settings only; use another --out"
-                )
-
-
-class Run:
-    """A run's model, averages, optimizer and position."""
-
-    def __init__(self, config, data, out, device, rank, world, resume, init=None):
-        self.config, self.data, self.out, self.device, self.rank, self.world = config, data, out, device, rank, world
-        settings = config["train"]
-        state = self.read_folder(resume)
-        if settings["precision"] is None:
-            settings["precision"] = pick_precision(device)
-            if world > 1:  # it is found by timing, and all must agree
-                agreed = [settings["precision"]]
-                dist.broadcast_object_list(agreed, 0)
-                settings["precision"] = agreed[0]
-        torch.manual_seed(settings["seed"])
-        self.model = build_model(config["model"]).to(device, memory_format=torch.channels_last)
-        check_image_size(self.model, config["data"]["image_size"])
-        self.diffusion = build_diffusion(config["diffusion"]).to(device)
-        self.emas = {f"ema_{b:g}": EMA(b, settings["ema_start"]) for b in settings["ema_betas"]}
-        self.ema_models = {kind: EMA.copy_of(self.model) for kind in self.emas}
-        fused = {"fused": True} if device.type in ("cpu", "cuda") else {}
-        self.optimizer = OPTIMIZERS[settings["optimizer"]](self.model.parameters(), lr=settings["lr"], **fused)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "float16")
-        self.step, self.losses = 0, torch.zeros(0)
-        self.saved_at, self.save_seconds = time.monotonic(), 0.0
-        if state is not None:
-            self.restore(state)
-            return
-        if init is not None:
-            self.start_from(init)
-        if rank == 0:
-            self.save()
-
-    # --- state ---
-
-    def start_from(self, path):
-        """Take over the weights of a checkpoint; the averages start from its average, where it has one."""
-        tensors, config = read_checkpoint(path)
-        load_weights(self.model, select_weights(tensors, "raw", config, path), path)
-        for ema_model in self.ema_models.values():
-            load_weights(ema_model, select_weights(tensors, None, config, path), path)
-
-    def read_folder(self, resume):
-        """The state to go on from, or None; the settings that depend on the machine's speed are taken over from it."""
-        state, path = load_state(self.out)
-        if self.world > 1:
-            dist.barrier()  # rank 0 writes to the folder only when all have read it
-        if self.rank == 0:
-            older = [p for p in sorted(self.out.glob(STATES)) if path and p < path]
-            # what a kill left behind: files half written, an old state that was about to go
-            for leftover in (*(p for half in HALF_WRITTEN for p in self.out.glob(half)), *older[:-1]):
-                leftover.unlink()
-        self.states, self.last_good = [], None
-        if state is None:
-            if (self.out / "model.safetensors").exists():
-                raise UserError(f"{self.out} holds a finished run: use another --out, or delete it")
-            return None
-        if not resume:
-            raise UserError(f"{self.out} holds a run already: add --resume to go on with it, or use another --out")
-        self.states, self.last_good = [path], state["step"]
-        settings = self.config["train"]
-        take_over(settings, json.loads(state["config"])["train"])
-        if settings["steps"] is not None and settings["steps"] < state["step"]:
-            raise UserError(
-                f"the run in {self.out} has made {state['step']} steps already, more than {settings['steps']}"
-            )
-        return state
-
-    def save(self):
-        start = time.monotonic()
-        if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise self.diverged(self.step)
-        self.states = save_state(
-            self.out,
-            {
-                "config": json.dumps(self.config, sort_keys=True),
-                "step": self.step,
-                "losses": self.losses.cpu().clone(),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "emas": {kind: ema_model.state_dict() for kind, ema_model in self.ema_models.items()},
-                "scaler": self.scaler.state_dict(),
-            },
-            self.states,
-        )
-        self.last_good, self.saved_at = self.step, time.monotonic()
-        self.save_seconds = self.saved_at - start
-
-    def restore(self, state):
-        check_settings(self.config, json.loads(state["config"]), self.out)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for kind, weights in state["emas"].items():
-            self.ema_models[kind].load_state_dict(weights)
-            self.emas[kind].step = state["step"]
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.losses = state["step"], state["losses"]
-        if self.rank == 0:
-            say(f"going on from step {self.step} in {self.out}")
-
-    def diverged(self, step):
-        return UserError(
-            f"the loss is not finite at step {step} (learning rate {self.config['train']['lr']:g}): try a smaller --lr; "
-            f"the last good state is step {self.last_good} in {self.out}"
-        )
-
-    # --- training ---
-
-    def prepare(self):
-        """What the first step needs beside the weights."""
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        keep_freed_memory()
-        self.model.train()
-
-    def loop(self, stop_requested, minutes, sample_every, compile, accumulate):
-        settings = self.config["train"]
-        model = torch.compile(self.model) if compile else self.model
-        if self.world > 1:
-            model = torch.nn.parallel.DistributedDataParallel(model)
-        self.prepare()
-        self.extend_losses()
-        if settings["steps"] is not None:
-            self.check_length(minutes)
-        bar = progress(
-            total=settings["steps"], initial=self.step, unit="step", desc=self.out.name, disable=self.rank > 0
-        )
-        checked, started = self.step, time.monotonic()
-        warm = min(self.step + 1, TIMED_STEPS - 1)  # the first step also warms up, and compiles: it is not timed
-        with bar:
-            while settings["steps"] is None or self.step < settings["steps"]:
-                self.losses[self.step] = self.train_step(model, accumulate)
-                self.step += 1
-                bar.update()
-                if settings["steps"] is None and self.step in (warm, TIMED_STEPS):
-                    self.losses[self.step - 1].item()  # a GPU works behind: this waits for it
-                    if self.step == TIMED_STEPS:
-                        self.fix_length(minutes, (time.monotonic() - started) / (self.step - warm), bar)
-                    started = time.monotonic()
-                due = sample_every and self.step % sample_every == 0
-                if self.step % 10 and self.step != settings["steps"] and self.device.type != "cpu" and not due:
-                    continue  # reading a loss makes a GPU wait: look at ten at a time
-                window = self.losses[checked : self.step]
-                if not window.isfinite().all():
-                    raise self.diverged(checked + int((~window.isfinite()).nonzero()[0]))
-                checked = self.step
-                bar.set_postfix(loss=f"{self.losses[max(0, self.step - 100) : self.step].mean():.4f}", refresh=False)
-                if any_process(stop_requested(), self.world, self.device):
-                    self.stop()
-                if self.rank == 0:
-                    if due:
-                        self.sample_grid()
-                    if time.monotonic() - self.saved_at > max(5, 60 * self.save_seconds):  # under 2% of the time
-                        self.save()
-        if self.rank == 0:
-            self.finish()
-        if self.world > 1:
-            dist.barrier()  # nobody looks for the weights before they are there
-
-    def train_step(self, model, accumulate):
-        """One optimizer step on this process's share of the global batch; its mean loss, still on the device."""
-        settings = self.config["train"]
-        batch = draw_batch(self.data, self.config, self.step, self.diffusion.timesteps)
-        total = torch.zeros((), device=self.device)
-        for part in range(self.rank * accumulate, (self.rank + 1) * accumulate):
-            x0, t, noise, labels = (
-                None if b is None else b.chunk(self.world * accumulate)[part].to(self.device) for b in batch
-            )
-            x0, noise = (b.contiguous(memory_format=torch.channels_last) for b in (x0, noise))
-            last = part == (self.rank + 1) * accumulate - 1  # the processes exchange gradients once a step
-            with model.no_sync() if self.world > 1 and not last else contextlib.nullcontext():
-                with autocast(self.device, settings["precision"]):
-                    loss = self.diffusion.loss(with_labels(model, labels), x0, t, noise, settings["loss"]) / accumulate
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        for kind, ema in self.emas.items():
-            ema.step_ema(self.ema_models[kind], self.model)
-        if self.world > 1:
-            dist.all_reduce(total, dist.ReduceOp.SUM)
-            total /= self.world
-        return total
-
-    def extend_losses(self):
-        """Make room for the losses to come; the first `step` entries are those of the steps made."""
-        more = torch.full(((self.config["train"]["steps"] or TIMED_STEPS) - self.step,), math.nan)
-        self.losses = torch.cat([self.losses[: self.step].cpu(), more]).to(self.device)
-
-    def fix_length(self, minutes, step_seconds, bar):
-        """--minutes: from the time that the first steps took, decide how many steps the run has, for good."""
-        wanted = round(60 * minutes / step_seconds)
-        steps = min(MAX_STEPS, max(self.step, wanted))
-        if self.world > 1:  # rank 0's clock decides
-            agreed = torch.tensor(steps, device=self.device)
-            dist.broadcast(agreed, 0)
-            steps = int(agreed)
-        self.config["train"]["steps"] = steps
-        self.extend_losses()
-        bar.reset(total=steps)
-        bar.update(self.step)
-        if self.rank == 0:
-            if wanted < steps:
-                say(f"the run has {steps} steps: {minutes:g} minutes would be fewer, but these had to be timed")
-            else:
-                say(f"{minutes:g} minutes are {steps} steps here")
-            self.save()
-        self.check_length()
-
-    def check_length(self, minutes=None):
-        """Say what the run's length, once it is known, means for what was asked for."""
-        steps, start = self.config["train"]["steps"], self.config["train"]["ema_start"]
-        if self.rank == 0 and minutes and self.step >= steps:
-            say(f"the run's length was fixed at {steps} steps: --epochs makes it longer, --minutes does not")
-        if self.rank == 0 and self.emas and steps <= start:
-            say(
-                f"the averages begin at step {start}, and the run ends at {steps}: they will be copies of the raw weights "
-                "(--ema-start)"
-            )
-
-    def stop(self):
-        if self.rank == 0:
-            self.save()
-        if self.world > 1:
-            dist.barrier()  # torchrun ends all processes as soon as one has left: not in the middle of the save
-        raise KeyboardInterrupt(f"stopped at step {self.step}; the same command with --resume goes on from there")
-
-    def sample_grid(self, n=64):
-        """The first 64 images of seed 0, by the first average where there is one, in 20 second-order steps."""
-        model = next(iter(self.ema_models.values()), self.model)
-        shape = image_shape(self.model, self.config)
-        classes = self.model.num_classes
-        labels = torch.arange(n) % classes if classes else None
-        with autocast(self.device, self.config["train"]["precision"]):
-            images = self.diffusion.sample(with_labels(model, labels), n, shape, sampler="dpm")
-        save_grid(to_uint8(images), self.out / f"samples_{self.step:08d}.png", columns=8)
-
-    def finish(self):
-        if self.last_good != self.step:
-            self.save()
-        weights = {"raw": self.model.state_dict()} | {k: m.state_dict() for k, m in self.ema_models.items()}
-        save_checkpoint(self.out / "model.safetensors", weights, self.config, self.losses)
-        write_json(self.out / "config.json", self.config)
+def from_rank_0(value, world):
+    """Process 0's value, in all processes."""
+    if world == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]

@@ -1,6 +1,6 @@
-"""Data, image grids, GIFs, sample files, devices, seeds, error messages: what all scripts need and no other file owns.
+"""What all scripts need and no other file owns: errors, files, arguments, devices, seeds, grids, GIFs, sample files.
 
-Images rest in memory as uint8, N x C x H x W; a model sees float batches in [-1, 1], made by `augment`.
+Images rest in memory as uint8, N x C x H x W; a model sees float batches in [-1, 1].
 """
 
 import argparse
@@ -19,13 +19,16 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PALETTE_PIXELS = 32768
 
 
 # --- errors and files ---------------------------------------------------------------------------------------------
@@ -62,7 +65,7 @@ def command_line(main: Callable[[], int | None]) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """PyTorch reports a full GPU as torch.OutOfMemoryError; full main memory and Apple's GPUs as a plain RuntimeError."""
+    """For a full GPU PyTorch raises torch.OutOfMemoryError; for full main memory and Apple's GPUs only RuntimeError."""
     reasons = ("can't allocate memory", "out of memory", "bad_alloc")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(reason in str(error) for reason in reasons)
 
@@ -89,7 +92,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if not path.name:
         raise UserError(f"cannot write {path}: it is a folder")
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    # cut, because a name may be as long as the file system permits
+    temporary = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}{path.suffix}")
     try:
         if path.exists() and not path.is_file():  # a rename would replace /dev/null
             raise UserError(f"cannot write {path}: it exists and is not a file")
@@ -97,15 +101,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        os.chmod(temporary, mode)  # some libraries replace the file by one that only its owner may read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if temporary.stat().st_mode != mode:  # some libraries replace the file by one that only its owner may read
+            os.chmod(temporary, mode)
+        flush(temporary, os.O_RDWR)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself survives a power cut
-        finally:
-            os.close(folder)
+        flush(path.parent, os.O_RDONLY)  # so that the rename, too, survives a power cut
     except OSError as error:
         # an error that names another file is about that file; a failed write names none
         if error.filename is not None and Path(error.filename) not in (temporary, path, *path.parents):
@@ -115,6 +115,21 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path, flags: int) -> None:
+    """Have a file or folder, opened with these flags, written to the disk; some systems cannot, and go on without."""
+    try:
+        descriptor = os.open(path, flags)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES):
+            raise
+        if os.name != "nt":  # Windows never opens folders, and its file system logs renames by itself
+            say("this file system cannot be told to write at once: a power cut may cost the newest files")
 
 
 def write_json(path: str | Path, value) -> None:
@@ -154,10 +169,9 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
     def parse(text: str):
         value = kind(text)
         if (kind is float and not math.isfinite(value)) or not low <= value <= high or (above and value == low):
-            bound = f"more than {low}" if above else f"at least {low}"
-            raise argparse.ArgumentTypeError(
-                f"{text} is not {bound}" + (f" and at most {high}" if high < math.inf else "")
-            )
+            bounds = f"more than {low}" if above else f"at least {low}"
+            bounds += f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
 
     parse.__name__ = kind.__name__  # argparse calls it "invalid int value"
@@ -248,15 +262,11 @@ def image_grid(images, columns: int, padding: int = 2, scale: int = 1) -> np.nda
         raise UserError(f"a grid needs uint8 images N x C x H x W with C = 1 or 3, not {images.dtype} {images.shape}")
     if columns < 1 or scale < 1 or padding < 0:
         raise UserError(f"a grid cannot have {columns} columns, scale {scale} and padding {padding}")
-    columns = min(columns, len(images))
-    images = images.repeat(scale, 2).repeat(scale, 3)
-    height, width = images.shape[2] + padding, images.shape[3] + padding
-    rows = math.ceil(len(images) / columns)
-    grid = np.full((rows * height + padding, columns * width + padding, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * height + padding, i % columns * width + padding
-        grid[top : top + height - padding, left : left + width - padding] = image.transpose(1, 2, 0)
-    return grid
+    enlarged = torch.as_tensor(images).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = make_grid(enlarged, nrow=columns, padding=padding, pad_value=255)
+    if len(images) == 1:  # to which torchvision gives no border
+        grid = torch.nn.functional.pad(grid, 4 * (padding,), value=255)
+    return grid.permute(1, 2, 0).contiguous().numpy()
 
 
 def save_grid(images, path: str | Path, columns: int, scale: int = 1) -> None:
@@ -268,8 +278,11 @@ def save_grid(images, path: str | Path, columns: int, scale: int = 1) -> None:
         grid.save(temporary)
 
 
-def save_gif(frames: list[np.ndarray], path: str | Path, fps: float = 20) -> None:
-    """Write frames (uint8, H x W x 3, all of one size) as a GIF that repeats for ever. GIF counts in 1/100 s."""
+def save_gif(frames: list[np.ndarray], path: str | Path, fps: float = 20, hold: float = 0) -> None:
+    """Write frames (uint8, H x W x 3, all of one size) as a GIF that repeats for ever; GIF counts in 1/100 s.
+
+    256 greys are exact, and colours are reduced to a palette for each frame. The last frame stays `hold` s longer.
+    """
     frames = [np.asarray(frame) for frame in frames]
     if not frames:
         raise UserError(f"cannot write {path}: a GIF needs at least one frame")
@@ -277,11 +290,27 @@ def save_gif(frames: list[np.ndarray], path: str | Path, fps: float = 20) -> Non
         raise UserError(f"a GIF shows more than 0 and at most 50 frames a second, not {fps}")
     if any(f.dtype != np.uint8 or f.shape != frames[0].shape or f.ndim != 3 or f.shape[2] != 3 for f in frames):
         raise UserError(f"cannot write {path}: frames must be uint8 H x W x 3 and all of one size")
-    if all((f == f[:, :, :1]).all() for f in frames):
-        frames = [f[:, :, 0] for f in frames]  # 256 greys are exact; colours are reduced to a palette
-    first, *others = [Image.fromarray(f) for f in frames]
+    grey = all((frame == frame[:, :, :1]).all() for frame in frames)
+    frames = [frame[:, :, 0] if grey else reduce_colours(frame) for frame in frames]
+    durations = [round(1000 / fps)] * len(frames)
+    durations[-1] += round(1000 * hold)
+    contents = imageio.imwrite("<bytes>", frames, extension=".gif", plugin="pillow", duration=durations, loop=0)
     with atomic_path(path) as temporary:
-        first.save(temporary, format="GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+        temporary.write_bytes(contents)
+
+
+def reduce_colours(frame: np.ndarray) -> np.ndarray:
+    """The picture (uint8, H x W x 3) in the 256 colours that fit it best: itself where it has no more.
+
+    Pillow's default, the median cut, mixes rare saturated colours into common dull ones. Here the palette starts from
+    colours that cover the whole range and is then improved by k-means, which on all pixels of noise would be slow.
+    """
+    picture, pixels = Image.fromarray(frame), frame.reshape(1, -1, 3)
+    if picture.getcolors(256):
+        return frame
+    sample = Image.fromarray(np.ascontiguousarray(pixels[:, :: math.ceil(pixels.shape[1] / PALETTE_PIXELS)]))
+    palette = sample.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=400)
+    return np.asarray(picture.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB"))
 
 
 def save_samples(path: str | Path, images, labels=None, source: dict | None = None) -> None:
@@ -289,9 +318,7 @@ def save_samples(path: str | Path, images, labels=None, source: dict | None = No
 
     A tensor of images is N x C x H x W as everywhere in this project, a numpy array N x H x W x C as in the file.
     """
-    arrays = {"images": _as_file(images)} | ({} if labels is None else {"labels": np.asarray(labels)})
-    _check_samples(arrays, path)
-    stream_samples(path, [images], arrays["images"].shape, labels, source)
+    stream_samples(path, [images], _as_file(images).shape, labels, source)
 
 
 def _as_file(images) -> np.ndarray:
@@ -318,39 +345,79 @@ def stream_samples(path: str | Path, batches: Iterable, shape: tuple, labels=Non
                 file.write(_as_file(images).tobytes())
 
 
-def load_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read what `save_samples` writes: images (uint8, N x H x W x C), labels (int64, N) or None. Raises UserError."""
-    arrays = _read_npz(path, "images", "labels")
-    _check_samples(arrays, path)
-    labels = arrays.get("labels")
-    return arrays["images"], None if labels is None else labels.astype(np.int64)
+def load_samples(path: str | Path) -> tuple[torch.Tensor, torch.Tensor | list[str] | None]:
+    """Images (uint8, N x C x H x W) and labels that this or another program has written. Raises UserError.
+
+    path: an .npz with `images`, `samples` or `arr_0`, and perhaps `labels` or `arr_1` (integers, N); or an .npy; both
+    N x H x W x C or N x C x H x W, uint8 or float in [0, 1] or [-1, 1]. Or a folder of pictures of one size: where all
+    of them are in class folders, the labels are the names of these, a list.
+    """
+    if Path(path).is_dir():
+        return _read_pictures(Path(path))
+    arrays = _read_arrays(path, "images", "samples", "arr_0", "labels", "arr_1")
+    images = next((arrays[name] for name in ("images", "samples", "arr_0") if name in arrays), None)
+    labels = next((arrays[name] for name in ("labels", "arr_1") if name in arrays), None)
+    if images is None:
+        raise UserError(f"{path} has no array called images, samples or arr_0")
+    is_float = images.dtype.kind == "f" and images.size > 0 and -1 <= images.min() < images.max() <= 1
+    if images.ndim != 4 or images.size == 0 or not {images.shape[1], images.shape[3]} & {1, 3}:
+        raise UserError(f"{path}: images must be N x H x W x C or N x C x H x W with C = 1 or 3, not {images.shape}")
+    if images.dtype != np.uint8 and not is_float:
+        raise UserError(f"{path}: images must be uint8, or float within [0, 1] or [-1, 1], not {images.dtype}")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise UserError(f"{path}: labels must be one integer for each of the {len(images):,} images")
+    if images.shape[3] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    x = torch.from_numpy(np.ascontiguousarray(images))
+    if is_float:
+        signed = x.min() < 0
+        say(f"{path}: the images are floats, read as in {'[-1, 1]' if signed else '[0, 1]'}")
+        x = to_uint8(x if signed else 2 * x - 1)
+    if x.max() <= 1:
+        raise UserError(f"{path}: the largest value is {x.max()}: images must use the range 0..255")
+    return x, None if labels is None else torch.from_numpy(labels.astype(np.int64))
+
+
+def _read_pictures(folder: Path) -> tuple[torch.Tensor, list[str] | None]:
+    """All pictures below a folder, as one channel where all are grey, and the names of their class folders."""
+    suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+    files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in suffixes and not f.name.startswith(".")]
+    arrays: list[np.ndarray] = []
+    for file in progress(files, desc="reading", unit="image"):
+        try:
+            with Image.open(file) as image:
+                arrays.append(np.asarray(image.convert("RGB")))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{file} is not a readable picture") from error
+        if arrays[-1].shape != arrays[0].shape:
+            raise UserError(f"samples must be of one size, but {file} is larger or smaller than {files[0]}")
+    if not arrays:
+        raise UserError(f"{folder} is not a readable folder of samples: it has no pictures ({', '.join(suffixes)})")
+    x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    if (x == x[:, :1]).all():
+        x = x[:, :1]
+    classes = [file.relative_to(folder).parts[0] for file in files if file.parent != folder]
+    return x.contiguous(), classes if len(classes) == len(files) else None
 
 
 def samples_source(path: str | Path) -> dict:
     """What `save_samples` was told of the images' origin: {} for another program's file. Raises UserError."""
     try:
-        source = json.loads(str(_read_npz(path, "source")["source"]))
+        source = json.loads(str(_read_arrays(path, "source")["source"]))
     except (KeyError, ValueError):
         return {}
     return source if isinstance(source, dict) else {}
 
 
-def _read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
-    """Those of the named arrays that the file has. Raises UserError."""
+def _read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
+    """Those of the named arrays that an .npz has; an .npy's array is called images. Raises UserError."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive}
+        with open(path, "rb") as file:
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                return {"images": content}
+            return {name: content[name] for name in names if name in content}
     except FileNotFoundError as error:
         raise UserError(f"there is no sample file {path}") from error
     except Exception as error:  # numpy, zipfile and zlib each raise their own
-        raise UserError(f"{path} is not a readable .npz file of samples: {error}") from error
-
-
-def _check_samples(arrays: dict[str, np.ndarray], path: str | Path) -> None:
-    images, labels = arrays.get("images"), arrays.get("labels")
-    if images is None:
-        raise UserError(f"{path} has no array called images")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or images.size == 0:
-        raise UserError(f"{path}: images must be uint8 N x H x W x C, C = 1 or 3, not {images.dtype} {images.shape}")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise UserError(f"{path}: labels must be one integer for each of the {len(images):,} images")
+        raise UserError(f"{path} is not a readable file or folder of samples: {error}") from error

@@ -1,10 +1,17 @@
-"""Weight files: how denoisers and classifiers are written, read and built again, the course's .pt files included.
+"""Weight files: how the weights of denoisers and classifiers are written, read and built again.
 
-A file of this project is a safetensors file with {"raw/NAME": ..., "ema_0.999/NAME": ...} and the run's configuration
-inside.
+A file of this project is a safetensors file with a configuration inside. A denoiser's tensors are called "raw/NAME" and
+"ema_0.999/NAME", one kind of weights each. Wherever a checkpoint is read, a run's folder, its state_*.pt and weights
+of the course's networks (a .pt) serve as well. Of a pickle only tensors and plain containers are read: it runs nothing.
+
+A run's state is in state_STEP_HASH.pt: HASH is the contents' SHA-256, so that damage is noticed.
 """
 
+import contextlib
+import hashlib
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import torch
@@ -13,9 +20,220 @@ from safetensors.torch import save
 
 from ddpm import Diffusion
 from modules import NETWORKS
-from utils import UserError, atomic_path
+from utils import UserError, atomic_path, is_out_of_memory, say
 
-# --- checkpoints: safetensors, with the configuration inside ---------------------------------------------------------
+# --- safetensors files, with a configuration inside ------------------------------------------------------------------
+
+
+def save_tensors(path, tensors, config):
+    """Write named tensors and a configuration (whatever JSON can hold) to a safetensors file."""
+    owned = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    contents = save(owned, {"config": json.dumps(config, sort_keys=True)})
+    with atomic_path(path) as temporary:  # not save_file, which hides that the disk is full in an error of its own
+        temporary.write_bytes(contents)
+
+
+def read_tensors(path, hint=""):
+    """The tensors and the configuration that `save_tensors` wrote. Raises UserError, which ends with the hint."""
+    path = Path(path)
+    hint = f": {hint}" if hint else ""
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}{hint}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
+            return {name: file.get_tensor(name) for name in file.keys()}, config
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not a checkpoint of this project, or it is damaged{hint}") from error
+
+
+def save_checkpoint(path, weights, config, losses=None, half=False):
+    """Write a denoiser's {"raw": state_dict, "ema_0.999": state_dict, ...} and its configuration to one file.
+
+    losses: the training loss of every step. half: store the weights in float16, as published files do.
+    """
+    tensors = {f"{kind}/{name}": w for kind, state in weights.items() for name, w in state.items()}
+    if half:
+        tensors = {name: w.half() for name, w in tensors.items()}
+    save_tensors(path, tensors if losses is None else tensors | {"losses": losses}, config)
+
+
+# --- the states of a run, where it goes on after an interruption -----------------------------------------------------
+
+STATES = f"state_{'[0-9]' * 8}_{'[0-9a-f]' * 16}.pt"
+STATE_ENTRIES = {"config", "step", "losses", "model", "optimizer", "emas", "scaler"}
+
+
+def save_state(folder, state, good=()):
+    """Write state_STEP_HASH.pt atomically, then drop all states but it and the last one of `good`, known to be whole.
+
+    Returns the two paths. (The newest by name may be damaged: then the run went on from one before it.)
+    """
+    buffer = io.BytesIO()  # PyTorch reports a full disk as a RuntimeError
+    torch.save(state, buffer)
+    contents = buffer.getbuffer()
+    path = folder / f"state_{state['step']:08d}_{hashlib.sha256(contents).hexdigest()[:16]}.pt"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(contents)
+    good = [*[p for p in good if p != path][-1:], path]
+    for old in set(folder.glob(STATES)) - set(good):
+        old.unlink()
+    return good
+
+
+def load_state(folder, entries=STATE_ENTRIES):
+    """The newest undamaged state of a folder, which has these entries, and its path; None, None where there is none."""
+    for path in sorted(Path(folder).glob(STATES), reverse=True):
+        contents = path.read_bytes()
+        if hashlib.sha256(contents).hexdigest()[:16] == path.stem.split("_")[-1]:
+            try:
+                state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
+                if entries <= state.keys():
+                    return state, path
+            except Exception as error:  # not written by this program: torch.load raises what it likes
+                if is_out_of_memory(error):
+                    raise
+        say(f"{path} is damaged: going on from the state before it")
+    return None, None
+
+
+# --- reading a denoiser, whoever wrote it ----------------------------------------------------------------------------
+
+
+def find_checkpoint(path):
+    """The file that a checkpoint's path stands for: of a run's folder its newest weights. Raises UserError."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    finished = path / "model.safetensors"
+    state, newest = load_state(path)
+    if finished.exists() and (state is None or read_tensors(finished)[1]["train"]["steps"] >= state["step"]):
+        return finished
+    if newest is None:
+        raise UserError(f"no checkpoint at {path}: the folder holds no run")
+    return newest
+
+
+def read_checkpoint(path):
+    """A denoiser's tensors (float32; "raw/NAME", "ema_0.999/NAME", ...) and its configuration. Raises UserError."""
+    path = find_checkpoint(path)
+    tensors, config = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    try:
+        for section in ("model", "diffusion", "data"):
+            config[section].items()
+        [f"{beta:g}" for beta in config["train"]["ema_betas"]]
+        f"{images_seen(config['train']):d}"
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a checkpoint of this project: its configuration is incomplete") from error
+    return {name: tensor.float() for name, tensor in tensors.items()}, config
+
+
+def read_pickle(path):
+    """As `read_checkpoint`, of what torch.save wrote: a run's state, or weights of the course's networks."""
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"no checkpoint at {path}: {error.strerror}") from error
+    except Exception as error:  # torch.load raises whatever the bytes happen to provoke
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{path} is not a checkpoint: it is {what_it_is(path)}") from error
+    if isinstance(contents, dict) and STATE_ENTRIES <= contents.keys():
+        say(f"{path}: the weights after step {contents['step']}")
+        weights = {"raw": contents["model"], **contents["emas"]}
+        config = json.loads(contents["config"])
+        config["train"]["steps"] = contents["step"]
+    else:
+        weights = find_state_dicts(contents)
+        if not weights:
+            entries = ", ".join(map(str, contents)) if isinstance(contents, dict) else type(contents).__name__
+            raise UserError(f"{path} holds no weights of the course's networks, only {entries[:200] or 'nothing'}")
+        config = course_config(next(iter(weights.values())))
+    return {f"{kind}/{name}": w for kind, state in weights.items() for name, w in state.items()}, config
+
+
+def find_state_dicts(contents, key=""):
+    """{"raw": state_dict, "ema": state_dict} of the course's networks, wherever they are in nested dicts.
+
+    They may be under names such as "model" or "ema_state_dict", and have prefixes such as DataParallel's "module.".
+    """
+    found = {}
+    if isinstance(contents, dict):
+        last = "outc.weight"  # which the course's networks have, and no optimizer
+        for name, value in contents.items():
+            if isinstance(name, str) and name.endswith(last) and isinstance(value, torch.Tensor):
+                prefix = name.removesuffix(last)
+                tensors = {n: w for n, w in contents.items() if isinstance(w, torch.Tensor) and n.startswith(prefix)}
+                state = {n.removeprefix(prefix): w for n, w in tensors.items()}
+                found.setdefault("ema" if "ema" in f"{key}{prefix}".lower() else "raw", state)
+            elif isinstance(value, dict):
+                found = find_state_dicts(value, f"{key}{name}/") | found
+    return found
+
+
+def course_config(weights):
+    """The configuration that weights of the course's networks imply; the course's own were trained at 64 x 64."""
+    channels, width = weights["outc.weight"].shape[:2]
+    model = {"name": "UNet", "channels": channels, "width": width}
+    if "label_emb.weight" in weights:
+        model |= {"name": "UNet_conditional", "num_classes": len(weights["label_emb.weight"])}
+    training = {"steps": 0, "batch_size": 0, "ema_betas": []}  # it is not known how long
+    diffusion = {"timesteps": 1000, "schedule": "linear"}
+    return {"model": model, "diffusion": diffusion, "data": {"image_size": 64}, "train": training}
+
+
+def what_it_is(path):
+    """What is in a file that should hold weights, in plain words."""
+    with open(path, "rb") as file:
+        start = file.read(1000).lstrip().lower()
+    if zipfile.is_zipfile(path):
+        with contextlib.suppress(zipfile.BadZipFile, ValueError, NotImplementedError), zipfile.ZipFile(path) as archive:
+            if not any(name.endswith("data.pkl") for name in archive.namelist()):
+                return "a zip archive: unpack it first"
+    for beginning, description in {
+        b"<": "a web page: the download was refused, so open the address in a browser",
+        b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
+        b"\x1f\x8b": "a gzip archive: unpack it first",
+        b"pk": "a whole model or other Python objects, not weights alone (save model.state_dict()), or it is damaged",
+        b"\x80": "a pickle of more than weights (save model.state_dict() with torch.save), or it is damaged",
+    }.items():
+        if start.startswith(beginning):
+            return description
+    return "something else, or it is damaged" if start else "empty"
+
+
+def find_kind(tensors, kind, config, path="the checkpoint"):
+    """The kind of weights meant: "raw", "ema_BETA", or for "ema" the first of the run's --ema-beta that is there.
+
+    None is "ema", or "raw" where there is no average. Raises UserError.
+    """
+    kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
+    if kind is None:
+        kind = "ema" if any(k.startswith("ema") for k in kinds) else "raw"
+    if kind == "ema" and kind not in kinds:
+        of_run = [f"ema_{beta:g}" for beta in config["train"]["ema_betas"]]  # a published file may hold some of them
+        kind = next((k for k in of_run if k in kinds), kind)
+    if kind not in kinds:
+        raise UserError(f"{path} has no {kind} weights, only {', '.join(kinds)}")
+    return kind
+
+
+def select_weights(tensors, kind, config, path="the checkpoint"):
+    """The state dict of one kind of weights (see `find_kind`)."""
+    kind = find_kind(tensors, kind, config, path)
+    return {name.removeprefix(f"{kind}/"): w for name, w in tensors.items() if name.startswith(f"{kind}/")}
+
+
+def images_seen(settings):
+    """How many images a run of these settings (config["train"]) has seen, with those of the run it was started from."""
+    before = (settings.get("init") or {}).get("images", 0)
+    return settings["steps"] * settings["batch_size"] + before
+
+
+# --- building it -----------------------------------------------------------------------------------------------------
 
 
 def build_model(config):
@@ -45,86 +263,6 @@ def check_image_size(model, size):
         raise UserError(f"this network needs an --image-size that {model.size_multiple} divides, not {size}")
 
 
-def images_seen(settings):
-    """How many images a run of these settings (config["train"]) has seen, with those of the run it was started from."""
-    before = (settings.get("init") or {}).get("images", 0)
-    return settings["steps"] * settings["batch_size"] + before
-
-
-def save_checkpoint(path, weights, config, losses=None, half=False):
-    """Write {"raw": state_dict, "ema_0.999": state_dict, ...} with the configuration to one safetensors file.
-
-    losses: the training loss of every step. half: store the weights in float16, as published files do.
-    """
-    tensors = {f"{kind}/{name}": w for kind, state in weights.items() for name, w in state.items()}
-    # After a copy each tensor owns its memory and is contiguous, as the format wants.
-    tensors = {
-        n: w.detach().to("cpu", torch.float16 if half else None, copy=True, memory_format=torch.contiguous_format)
-        for n, w in tensors.items()
-    }
-    if losses is not None:
-        tensors["losses"] = losses.cpu().contiguous()
-    contents = save(tensors, metadata={"config": json.dumps(config, sort_keys=True)})
-    with atomic_path(path) as temporary:  # not save_file, which hides that the disk is full in an error of its own
-        temporary.write_bytes(contents)
-
-
-def read_checkpoint(path):
-    """All tensors (float32) and the configuration of a safetensors checkpoint."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {})["config"])
-            for section in ("model", "diffusion", "data"):
-                config[section].items()
-            [f"{beta:g}" for beta in config["train"]["ema_betas"]]
-            f"{images_seen(config['train']):d}"
-            return {name: file.get_tensor(name).float() for name in file.keys()}, config
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is not a checkpoint of this project, or it is damaged: {error}") from error
-
-
-def find_kind(tensors, kind, config, path="the checkpoint"):
-    """The kind of weights that is meant: "raw", "ema_BETA", or for "ema" the first of the run's --ema-beta that is there.
-
-    None is "ema", or "raw" where there is no average. Raises UserError.
-    """
-    kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
-    if kind is None:
-        kind = "ema" if any(k.startswith("ema") for k in kinds) else "raw"
-    if kind == "ema" and kind not in kinds:
-        of_run = [f"ema_{beta:g}" for beta in config["train"]["ema_betas"]]  # a published file may hold some of them
-        kind = next((k for k in of_run if k in kinds), kind)
-    if kind not in kinds:
-        raise UserError(f"{path} has no {kind} weights, only {', '.join(kinds)}")
-    return kind
-
-
-def select_weights(tensors, kind, config, path="the checkpoint"):
-    """The state dict of one kind of weights (see `find_kind`)."""
-    kind = find_kind(tensors, kind, config, path)
-    return {name.removeprefix(f"{kind}/"): w for name, w in tensors.items() if name.startswith(f"{kind}/")}
-
-
-def read_course_checkpoint(path):
-    """Weights and configuration of one of the course's .pt files, a pickled state dict, read as data only."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {name.removeprefix("module."): w.float() for name, w in weights.items()}
-        channels, width = weights["outc.weight"].shape[:2]
-    except OSError as error:
-        raise UserError(f"no checkpoint at {path}: {error.strerror}") from error
-    except Exception as error:  # torch.load raises whatever the bytes happen to provoke
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a state dict of the course's networks, or it is damaged: {reason}") from error
-    model = {"name": "UNet", "channels": channels, "width": width}
-    if "label_emb.weight" in weights:
-        model |= {"name": "UNet_conditional", "num_classes": len(weights["label_emb.weight"])}
-    return weights, {"model": model, "diffusion": {"timesteps": 1000, "schedule": "linear"}, "data": {"image_size": 64}}
-
-
 def load_weights(model, weights, path):
     """load_state_dict, but an error names the first tensor that does not fit."""
     own = model.state_dict()
@@ -135,40 +273,17 @@ def load_weights(model, weights, path):
     model.load_state_dict(weights)
 
 
-def load_checkpoint(path, weights=None, device="cpu"):
-    """(model in eval mode, Diffusion, config) from a safetensors checkpoint or a course .pt file.
+def load_checkpoint(path, weights=None, device="cpu", image_size=None):
+    """(model in eval mode, Diffusion, config) of a checkpoint, for images of image_size (None: as it was trained).
 
     weights: None (the average where there is one), "raw", "ema", or "ema_BETA"; config["weights"] says which was read.
     Raises UserError.
     """
-    if Path(path).suffix == ".pt":
-        state, config = read_course_checkpoint(path)
-        if weights not in (None, "raw"):
-            raise UserError(f"{path} has no {weights} weights, only raw")
-        config["weights"] = "raw"
-    else:
-        tensors, config = read_checkpoint(path)
-        config["weights"] = find_kind(tensors, weights, config, path)
-        state = select_weights(tensors, config["weights"], config, path)
+    tensors, config = read_checkpoint(path)
+    config["weights"] = find_kind(tensors, weights, config, path)
+    config["data"]["image_size"] = image_size or config["data"].get("image_size")
     model = build_model(config["model"])
-    load_weights(model, state, path)
-    check_image_size(model, config["data"].get("image_size"))
+    load_weights(model, select_weights(tensors, config["weights"], config, path), path)
+    check_image_size(model, config["data"]["image_size"])
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return model, build_diffusion(config["diffusion"]).to(device), config
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], config: dict) -> None:
-    with atomic_path(path) as temporary:
-        contiguous = {key: value.contiguous() for key, value in tensors.items()}
-        temporary.write_bytes(save(contiguous, {"config": json.dumps(config)}))  # save_file hides a full disk
-
-
-def read_file(path: Path, hint: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """What `save_tensors` wrote: tensors and config. Raises UserError, with `hint`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads((file.metadata() or {})["config"])
-    except FileNotFoundError:
-        raise UserError(f"there is no {path.name} in {path.parent.name}/: {hint}") from None
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged or not what its name says ({error}): {hint}") from error

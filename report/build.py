@@ -12,6 +12,7 @@ made from are those in checkpoints/: what is out of date is an error that says w
 """
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -70,6 +71,7 @@ def execute_notebook(path, out, timeout=600):
 
 
 def run_notebooks(args):
+    os.environ["DDPM_PUBLISHING"] = "1"  # see figures.py
     paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
     known = [path.stem for path in paths]
     if unknown := [name for name in args.names if name not in known]:

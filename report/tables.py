@@ -1,4 +1,4 @@
-"""The tables of README.md and checkpoints/README.md, from report/results/*.json and the checkpoints themselves.
+"""The tables of the three Markdown pages, from report/results/*.json and the checkpoints themselves.
 
     python report/build.py tables        fill them in again
 
@@ -9,24 +9,11 @@ is typed by hand, and a test can tell when one is out of date.
 import re
 
 from figures import CHECKPOINTS, RESULTS, read_result
+from image_data import DATASETS
 from utils import ROOT, UserError
 from weights import images_seen, read_checkpoint
 
-PAGES = ("README.md", "checkpoints/README.md")
-DATA = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "landscapes": "landscapes"}
-AIMS = {  # gains, or ours, set for a CPU with bfloat16 units
-    "train_28": "2.5x",
-    "train_course_32": "2.5x",
-    "train_course_64": "2.5x",
-    "train_course_64_memory": "3x",
-    "sample": "20x",
-    "train_default_share": "65 %",
-    "train_course_32_share": "50 %",
-    "guided": "60x",
-    "data_fashion_mnist": "50x",
-    "data_crops": "10x",
-    "quality_minutes": "5x",
-}
+PAGES = ("README.md", "BENCHMARKS.md", "checkpoints/README.md")
 
 
 def table(header, rows):
@@ -65,8 +52,8 @@ def results_table():
     for path in sorted(RESULTS.glob("samples_*.json")):
         result = read_result(path.stem)
         other = result["features"]["name"]
-        note = f", in the features of {DATA[other]}" if other != result["data"] else ""
-        rows.append([f"{DATA[result['data']]}, `{result['checkpoint']}`{note}", *quality_cells(result)])
+        note = f", in the features of {DATASETS[other].title}" if other != result["data"] else ""
+        rows.append([f"{DATASETS[result['data']].title}, `{result['checkpoint']}`{note}", *quality_cells(result)])
     for path in sorted(RESULTS.glob("sweep_*.json")):
         sweep = read_result(path.stem)
         best = min((r for r in sweep["rows"] if r["weights"] == "ema"), key=lambda r: r["quality"]["frechet_distance"])
@@ -74,146 +61,88 @@ def results_table():
             note = ", its best scale" if r is best else ""
             if r["cfg_scale"] in (1, 3) or note:
                 setting = f"{r['weights']} weights, `cfg_scale` {r['cfg_scale']:g}{note}"
-                name = f"{DATA[r['quality']['data']]}, conditional, {setting}"
+                name = f"{DATASETS[r['quality']['data']].title}, conditional, {setting}"
                 rows.append([name, *quality_cells(r["quality"])])
     return table(["model", "Fréchet", "95% interval", "precision", "recall", "label agreement", "samples"], rows)
 
 
 def features_table():
     rows = []
-    for name in DATA:
+    for name, row in DATASETS.items():
         sanity = read_result(f"sanity_{name}")
         if sanity:
             _, facts = read_features(name)
             floors = [f"{p['mean']:.3f} at {p['count']:,}" for p in sanity["curve"] if p["count"] in (1000, 2000)]
             rows.append(
-                [DATA[name], f"{facts['test_accuracy']:.2%}", str(sanity["features"]["dimensions"]), ", ".join(floors)]
+                [row.title, f"{facts['test_accuracy']:.2%}", str(sanity["features"]["dimensions"]), ", ".join(floors)]
             )
     return table(["classifier of", "test accuracy", "features", "the floor: as many training images"], rows)
 
 
 def read_features(name):
-    from weights import read_file
+    from weights import read_tensors
 
-    return read_file(CHECKPOINTS / f"features_{name}.safetensors", "")
-
-
-def work(row):
-    """What a row of benchmark.json is about."""
-    return row["what"].strip().replace("Frechet", "Fréchet")
+    return read_tensors(CHECKPOINTS / f"features_{name}.safetensors", "")
 
 
-def speed_table():
-    """The comparisons on the machine of benchmark.json, and the gains on an earlier one, whose CPU has other units."""
-    benchmark, earlier = read_result("benchmark"), read_result("benchmark_amd_epyc")
-    rows, others = [], {row["name"]: row for row in earlier["rows"]}
-    for row in benchmark["rows"]:
-        if "gain" in row:
-            value = [f"{number(row[side]['median'])} {row['unit']}".removesuffix(" FD") for side in ("plain", "ours")]
-            gain = f"{row['gain']['median']:.3g}x"
-            if row["turns"] > 1:
-                gain += f" ({row['gain']['min']:.3g} to {row['gain']['max']:.3g})"
-            other = others.get(row["name"])
-            there = (
-                ""
-                if not other
-                else f"{other['ours']['median']:.3g} %"
-                if row["unit"] == "%"
-                else f"{other['gain']['median']:.3g}x"
-            )
-            rows.append([work(row), *value, gain, AIMS.get(row["name"], ""), there])
-    notes = "".join(
-        f"\n- {work(row)}: {row['note']}"
-        for row in benchmark["rows"]
-        if row.get("unit") in ("s", "min") and "note" in row
-    )
-    header = ["work", "plain", "ours", "gain (min to max)", "aim", f"on an {earlier['machine']['cpu']}"]
-    machine = benchmark["machine"]
-    bfloat16 = "yes" if machine["bfloat16"] else "no"
-    cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}, bfloat16 {bfloat16}"
-    growth = [
-        [row["what"], ", ".join(f"{x}: {point['median']:.3g} s" for x, point in row["points"].items())]
-        for row in benchmark["rows"]
-        if row["name"].startswith("growth_")
-    ]
-    return "\n\n".join(
-        [
-            table(header, rows) + f"\n{notes}",
-            table(["how ours grows (medians)", "against: seconds"], growth),
-            f"Measured on: {cpu}, torch {machine['torch']}.",
-        ]
-    )
+def accented(text):
+    return text.replace("Frechet", "Fréchet")
 
 
 def number(x):
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def speed_change(tried, what):
-    return f"{tried['points']['as it is']['median'] / tried['points'][what]['median'] - 1:+.0%}"
+def speed_table():
+    """The comparisons of speed, a table for each machine."""
+    rows, parts = [row for row in read_result("benchmark")["rows"] if "gain" in row], []
+    for machine in dict.fromkeys(row["machine"] for row in rows):
+        lines, notes, here = [], [], [row for row in rows if row["machine"] == machine]
+        for row in here:
+            gain = row["gain"]
+            turns = f" ({gain['min']:.3g} to {gain['max']:.3g})" if row["turns"] > 1 else ""
+            sides = [f"{number(row[side]['median'])} {row['unit']}" for side in ("plain", "ours")]
+            lines.append([accented(row["what"]), *sides, f"{gain['median']:.3g}{turns}"])
+            notes += [f"- {row['what']}: {row['note']}"] if "note" in row else []
+        header = ["what", "plain", "ours", "times better (lowest to highest)"]
+        loads = [row["load_before"] for row in here]
+        where = f"On {machine} (load average before the measurements: {min(loads):.1f} to {max(loads):.1f}):"
+        parts += [where, table(header, lines), *(["\n".join(notes)] if notes else [])]
+    return "\n\n".join(parts)
 
 
-def tried_table():
-    """What was tried for speed and for the network's shape, from the rows of benchmark.json that are no comparisons."""
-    rows = {row["name"]: row for row in read_result("benchmark")["rows"]}
-    parts = []
-    if tried := rows.get("tried"):
-        earlier = read_result("benchmark_amd_epyc")
-        there = next(row for row in earlier["rows"] if row["name"] == "tried")
-        lines = [
-            [what, f"{point['median']:.3f} s", speed_change(tried, what), speed_change(there, what)]
-            for what, point in tried["points"].items()
+def samplers_table():
+    """Frechet distance against sampler and steps."""
+    rows = [row for row in read_result("benchmark")["rows"] if "samplers" in row]
+    counts = sorted({int(steps) for row in rows for points in row["samplers"].values() for steps in points})
+    lines = [
+        [
+            f"`{row['checkpoint']}`",
+            sampler,
+            *(f"{points[str(n)]['frechet_distance']:.2f}" if str(n) in points else "" for n in counts),
         ]
-        parts.append(
-            table(
-                ["a training step of Point 1's network", "median", "speed", f"on an {earlier['machine']['cpu']}"], lines
-            )
-        )
-    if shapes := rows.get("shapes"):
-        lines = [
-            [
-                s["shape"],
-                f"{s['parameters']:,}",
-                f"{s['images_per_second']:.0f}",
-                f"{s['steps']:,}",
-                f"{s['frechet_distance']:.2f}",
-            ]
-            for s in sorted(shapes["shapes"], key=lambda s: s["frechet_distance"])
-        ]
-        parts.append(table([shapes["what"], "parameters", "images/s", "steps", "Fréchet"], lines))
-    if compared := [row for name, row in rows.items() if name.startswith("samplers_")]:
-        counts = sorted({int(steps) for row in compared for points in row["samplers"].values() for steps in points})
-        lines = [
-            [
-                f"`{row['checkpoint']}`",
-                f"`{sampler}`",
-                *(f"{points[str(n)]['frechet_distance']:.2f}" if str(n) in points else "" for n in counts),
-            ]
-            for row in compared
-            for sampler, points in row["samplers"].items()
-        ]
-        parts.append(table([work(compared[0]), "sampler", *map(str, counts)], lines))
-    return "\n\n".join(parts) or "Not measured yet: `python benchmark.py --only tried shapes`."
+        for row in rows
+        for sampler, points in row["samplers"].items()
+    ]
+    return table([accented(rows[0]["what"]), "sampler", *(f"{n} steps" for n in counts)], lines)
 
 
 def reliability_lines():
-    r = read_result("reliability")
-    kill, disk, fuzz = r["kill"], r["disk_full"], r["fuzz"]
+    result = read_result("reliability")
+    kill, disk, fuzz = result["kill"], result["disk_full"], result["fuzz"]
     train, other = disk["training"], disk["sample_publish_unpack"]
     survived = train["survived_and_resumed_to_the_same_bits"] + other["survived_with_nothing_half_written"]
-    finished, same = kill["runs_finished"], kill["runs_identical_to_the_unkilled"]
-    kills, inside = sum(kill["kills"].values()), kill["kills"]["inside a save"]
-    unreadable, lost = kill["unreadable_states_or_checkpoints"], kill["saved_steps_lost"]
-    cases, refused = fuzz["cases"], fuzz["refused_with_one_line"]
-    return (
-        f"- `{kill['command']}`: {kills} kills, {inside} of them inside a save: {same} of {finished} finished runs have "
-        f"the bits of the unkilled one, {unreadable} unreadable files, {lost} saved steps lost.\n"
-        f"- `{disk['command']}`: the disk was full at {train['faults'] + other['faults']} moments; "
-        f"{survived} times nothing was lost or half-written.\n"
-        f"- `{fuzz['command']}`: {cases:,} cases of odd flags and damaged files, {refused:,} refused with one line; "
-        "tracebacks, hangs, half-written outputs, files in wrong places: "
-        f"{fuzz['tracebacks_hangs_half_written_or_outside']}."
-    )
+    return f"""\
+- `{kill["command"]}`: training was killed {sum(kill["kills"].values())} times, \
+{kill["kills"]["inside a save"]} of them in the middle of a save. \
+{kill["runs_identical_to_the_unkilled"]} of {kill["runs_finished"]} finished runs ended with \
+exactly the weights of the run that nobody killed; {kill["unreadable_states_or_checkpoints"]} files could not be read, \
+and {kill["saved_steps_lost"]} saved steps were lost.
+- `{disk["command"]}`: the disk was full at {train["faults"] + other["faults"]} different moments; {survived} times \
+nothing was lost or left half written.
+- `{fuzz["command"]}`: {fuzz["cases"]:,} commands with odd flags or damaged files, of which \
+{fuzz["refused_with_one_line"]:,} were refused with one clear line; \
+{fuzz["tracebacks_hangs_half_written_or_outside"]} ended in a traceback, a hang or a half-written file."""
 
 
 def checkpoints_table():
@@ -238,7 +167,7 @@ def checkpoints_table():
         rows.append(
             [
                 f"`{path.stem}`",
-                DATA.get(config["data"]["name"], ""),
+                DATASETS[config["data"]["name"]].title,
                 how,
                 f"{seen / 1e6:.2f} M ({seen / config['data']['images']:.3g} epochs)",
                 str(train["seed"]),
@@ -254,7 +183,7 @@ TABLES = {
     "results": results_table,
     "features": features_table,
     "speed": speed_table,
-    "tried": tried_table,
+    "samplers": samplers_table,
     "reliability": reliability_lines,
     "checkpoints": checkpoints_table,
 }

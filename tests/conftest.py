@@ -1,5 +1,9 @@
 """What the tests share: the project on the path, one thread, tiny data, tiny runs, and bad input's one line."""
 
+import dataclasses
+import hashlib
+import os
+import pickle
 import re
 import struct
 import sys
@@ -8,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import settings
+from hypothesis import strategies as st
+from PIL import Image
 
 import image_data
 
@@ -28,6 +35,13 @@ def own_cache(tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(image_data, "CACHE", tmp_path_factory.mktemp("cache"))
     utils.say.cache_clear()
+
+
+def move_fashion_mnist(monkeypatch, folder):
+    """Debian's copy of Fashion-MNIST is looked for in `folder`."""
+    row = image_data.DATASETS["fashion_mnist"]
+    folders = ("data/fashion_mnist", str(folder))
+    monkeypatch.setitem(image_data.DATASETS, "fashion_mnist", dataclasses.replace(row, folders=folders))
 
 
 def write_idx(path, array):
@@ -101,3 +115,60 @@ def refused(capsys):
         return errors[0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fuzz_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def picture(path, size=(32, 32), seed=0, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path, **settings)
+    return pixels
+
+
+def class_folder(root, counts, size=(32, 32)):
+    for label, (name, count) in enumerate(counts.items()):
+        for i in range(count):
+            picture(root / name / f"{i:03}.png", size, seed=1000 * label + i)
+    return root
+
+
+def mutations(content):
+    """Byte strings near `content`: cut, with bytes changed, or with some inserted."""
+    position = st.integers(0, len(content) - 1)
+    cut = position.map(lambda i: content[:i])
+    changed = st.tuples(position, st.integers(0, 255)).map(
+        lambda c: content[: c[0]] + bytes([c[1]]) + content[c[0] + 1 :]
+    )
+    inserted = st.tuples(position, st.binary(max_size=20)).map(lambda c: content[: c[0]] + c[1] + content[c[0] :])
+    return st.one_of(cut, changed, inserted, st.binary(max_size=100))
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def write_cifar_batches(folder, monkeypatch=None):
+    """Ten 32 x 32 images in torchvision's layout; with monkeypatch torchvision expects their checksums."""
+    folder.mkdir()
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    rng, md5 = np.random.default_rng(0), {}
+    contents = {"batches.meta": {"label_names": classes}}
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        contents[name] = {"data": rng.integers(0, 256, (10, 3072), np.uint8), "labels": list(range(10))}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        md5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    if monkeypatch:
+        cifar = torchvision.datasets.CIFAR10
+        monkeypatch.setattr(cifar, "train_list", [[name, md5[name]] for name in md5 if name.startswith("data")])
+        monkeypatch.setattr(cifar, "test_list", [["test_batch", md5["test_batch"]]])
+        monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": md5["batches.meta"]})
+    return contents

@@ -1,32 +1,32 @@
 """The benchmark's two sides do the same work, to the tolerances stated here, and the command runs. No test times."""
 
+import copy
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_config
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import benchmark
 import image_data
 import training
 import utils
-from ddpm import Diffusion, beta_schedule, guided
+from ddpm import Diffusion, beta_schedule, ddpm_sampler
+from ddpm_conditional import guided
 from modules import EMA
-from weights import build_model, read_checkpoint, save_checkpoint
+from weights import build_model
 
 POINT_1 = {"name": "PatchUNet", "channels": 1, "width": 8, "num_classes": 2}
-COURSE = {"name": "UNet_conditional", "channels": 3, "width": 8, "num_classes": 3}
+COURSE = benchmark.COURSE | {"width": 8}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fashion(idx_folder, monkeypatch):
     """The benchmark's "fashion_mnist" is the tests' small folder."""
-
-    def load(name, *args, **settings):
-        return image_data.load_data(idx_folder if name == "fashion_mnist" else name, *args, **settings)
-
-    monkeypatch.setattr(benchmark, "load_data", load)
+    monkeypatch.setattr(benchmark, "load_data", lambda name: image_data.load_data(idx_folder))
 
 
 def randomise(model):
@@ -38,297 +38,139 @@ def randomise(model):
     return model
 
 
-# --- both sides do the same ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("config", [POINT_1, COURSE], ids=["point 1", "course"])
-def test_stored_attention_changes_neither_predictions_nor_gradients(config):
-    ours, plain = build_model(config), benchmark.plain_network(config)
-    plain.load_state_dict(randomise(ours).state_dict())
-    x, t, labels = torch.randn(2, config["channels"], 16, 16), torch.tensor([3, 700]), torch.tensor([1, 0])
-    outputs = [model(x, t, labels) for model in (ours, plain)]
-    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
-    for model, output in zip((ours, plain), outputs, strict=True):
-        output.square().sum().backward()
-    gradients = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (ours, plain)]
-    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
-
-
-def test_the_plain_network_really_stores_its_attention_matrices():
-    def largest_kept(model):
-        kept = []
+def test_the_plain_side_stores_attention_matrices_and_ours_does_not():
+    def largest_kept():
+        kept, model = [], build_model(COURSE)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-            model(torch.randn(1, 3, 32, 32), torch.tensor([5]))
+            model(torch.randn(1, 1, 32, 32), torch.tensor([5]))
         return max(kept)
 
-    matrix = 4 * (32 * 32) ** 2  # 4 heads at 32 x 32
-    assert largest_kept(benchmark.plain_network(COURSE)) >= matrix > largest_kept(build_model(COURSE))
+    matrix = 4 * 256**2  # 4 heads at 16 x 16, the first level with attention
+    assert largest_kept() < matrix
+    with sdpa_kernel(SDPBackend.MATH):
+        assert largest_kept() >= matrix
 
 
-def test_training_steps_end_with_the_same_weights(tiny_data, tmp_path):
+def test_training_steps_end_with_the_same_weights(tiny_data):
     config = tiny_config(ema_betas=[benchmark.EMA_BETA], ema_start=0)
     # At width 8 a norm's group is one channel, which a bias before it cannot change: its gradient is rounding error
     # alone, and Adam, which divides by the gradient's size, would turn that into steps of full length.
     config["model"]["width"] = 16
-    run = training.Run(config, tiny_data, tmp_path, torch.device("cpu"), 0, 1, resume=False)
-    model, ema_model, optimizer = benchmark.plain_state(config["model"], torch.device("cpu"))
-    for module in (run.model, model):
-        randomise(module)
-    run.ema_models["ema_0.995"], ema_model = EMA.copy_of(run.model), EMA.copy_of(model)
+    run = training.Run(config, tiny_data)
+    model, ema_model = copy.deepcopy(randomise(run.model)), EMA.copy_of(run.model)
+    run.ema_models["ema_0.995"].load_state_dict(model.state_dict())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, foreach=False)
     alphas_cumprod = (1 - beta_schedule("cosine", 20)).cumprod(0).float()
-    for _ in range(3):
-        x0, t, noise, labels = training.draw_batch(tiny_data, config, run.step, 20)
+    for step, ours in zip(range(3), training.steps(run), strict=False):
+        x0, t, noise, labels = training.draw_batch(tiny_data, config, step, run.diffusion)
         plain = benchmark.plain_step(model, ema_model, optimizer, alphas_cumprod, x0, t, noise, labels)
-        ours = run.train_step(run.model, accumulate=1)
-        run.step += 1
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=0)
     for ours, plain in ((run.model, model), (run.ema_models["ema_0.995"], ema_model)):
         for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
             assert (p - q).abs().mean() < 1e-5
 
 
-@pytest.mark.parametrize("cfg_scale, variance", [(0.0, "posterior"), (3.0, "beta")])
-def test_plain_sampling_is_our_ddpm_without_clipping(cfg_scale, variance):
-    timesteps = 12
-    model = randomise(build_model(POINT_1))
-    x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
-    noises = torch.randn(timesteps, 2, 1, 8, 8)
-
-    def draws():
-        remaining = iter(noises)
-        return lambda *like: next(remaining)
-
-    betas = beta_schedule("linear", timesteps).float()
-    plain = benchmark.plain_sample(model, x, betas, range(timesteps - 1, -1, -1), labels, cfg_scale, variance, draws())
-    eps_model = guided(model, labels, cfg_scale)
+@pytest.mark.parametrize("cfg_scale", [0.0, 3.0])
+def test_plain_sampling_is_our_ddpm_without_clipping(cfg_scale):
+    model, x, labels = randomise(build_model(POINT_1)), torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    noises, betas, eps_model = (
+        torch.randn(12, 2, 1, 8, 8),
+        beta_schedule("linear", 12),
+        guided(model, labels, cfg_scale),
+    )
+    draws = [lambda *like, remaining=iter(noises): next(remaining) for side in range(2)]
+    *_, plain = benchmark.plain_sampler(model, x, betas.float(), labels, cfg_scale, draws[0])
     with torch.no_grad():
-        *_, ours = Diffusion(timesteps).ddpm_sampler(eps_model, x, draws(), variance=variance, clip=False)
+        *_, ours = ddpm_sampler(Diffusion(12), eps_model, x, draws[1], 12, clip=False)
     torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
 
 
-def test_batches_of_fashion_mnist_are_the_same(fashion):
-    loader = benchmark.plain_loader("fashion_mnist", 28, 16, shuffle=False)
-    data = benchmark.our_data("fashion_mnist", 28)
-    for i, (x0, labels) in enumerate(loader):
+@pytest.mark.parametrize("size, tolerance", [(28, 1e-6), (56, 0.05)])  # PIL resizes in whole greys
+def test_batches_are_the_same(size, tolerance):
+    data = benchmark.load_images(size)
+    for i, (x0, labels) in zip(range(4), benchmark.plain_batches(data, 16, shuffle=False), strict=False):
         index = torch.arange(16 * i, 16 * i + 16)
-        torch.testing.assert_close(x0, image_data.augment(data, index), rtol=0, atol=1e-6)
+        torch.testing.assert_close(x0, image_data.augment(data, index), rtol=0, atol=tolerance)
         assert labels.tolist() == data.labels[index].tolist()
 
 
-def test_crops_are_the_same_in_distribution(tmp_path):
-    """Many crops of one photograph, flipped or not: the mean and the spread of every pixel agree."""
-    benchmark.make_photographs(tmp_path / "photographs", 20)
-    for path in (tmp_path / "photographs").glob("*/*.jpg"):
-        if path.name != "3.jpg":
-            (path.parent / path.name).write_bytes((tmp_path / "photographs/class_3/3.jpg").read_bytes())
-    source = str(tmp_path / "photographs")
-    loader = benchmark.endless(benchmark.plain_loader(source, 32, 20))
-    torch.manual_seed(0)
-    plain = torch.cat([next(loader)[0] for _ in range(30)])
-    ours = benchmark.our_batches(source, 32, 20)
-    ours = torch.cat([ours() for _ in range(30)])
-    assert ours.shape == plain.shape and ours.dtype == plain.dtype
-    assert (ours.mean(0) - plain.mean(0)).abs().mean() < 0.03
-    assert (ours.std(0) - plain.std(0)).abs().mean() < 0.03
+@pytest.mark.parametrize("name", ["train_default", "train_course_32", "sample", "guided"])
+def test_every_comparison_runs(name, monkeypatch, tmp_path, capsys):
+    what, unit, sides, settings, *amounts = benchmark.SPEED[name]
+    settings = ({**settings[0], "width": 8}, settings[1], 4) if unit == "steps/s" else settings
+    model, out = randomise(build_model(POINT_1)), tmp_path / "result.json"
+    monkeypatch.setitem(benchmark.SPEED, name, (what, unit, sides, settings, *amounts))
+    monkeypatch.setattr(benchmark, "measure_alone", benchmark.measure)
+    monkeypatch.setattr(benchmark, "AT_LEAST", 0)
+    monkeypatch.setattr(benchmark, "TURNS", 1)
+    monkeypatch.setattr(benchmark, "IMAGE", (1, 8, 8))
+    monkeypatch.setattr(benchmark, "load_model", lambda c, n: (model, Diffusion(20), torch.arange(n) % 2))
+    benchmark.main(["--only", name, "--json-out", str(out)])
+    row, *memory = json.loads(out.read_text())["rows"]
+    assert row["command"] == f"python benchmark.py --only {name}" and len(memory) == (unit == "steps/s")
+    for row in (row, *memory):
+        assert all(
+            0 < row[side]["min"] <= row[side]["median"] <= row[side]["max"] for side in ("plain", "ours", "gain")
+        )
+    assert what in capsys.readouterr().out
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+def test_only_rows_of_this_name_and_machine_are_replaced(tmp_path, monkeypatch):
+    out, here = tmp_path / "result.json", benchmark.machine()
+    rows = [{"name": "sample", "machine": "another"}, {"name": "sample", "machine": here}, {"name": "samplers_x"}]
+    out.write_text(json.dumps({"rows": rows}))
+    seconds = iter([(10.0, 1), (5.0, 1), (40.0, 1), (10.0, 1), (20.0, 1), (2.0, 1)])
+    monkeypatch.setattr(benchmark, "measure_alone", lambda make, settings: next(seconds))
+    benchmark.main(["--only", "sample", "--json-out", str(out)])
+    first, second, third = json.loads(out.read_text())["rows"]
+    assert (first, third) == (rows[0], rows[2]) and second["machine"] == here
+    assert second["gain"] == {"median": 800, "min": 400, "max": 2000}  # turn by turn, for 200 steps against one item
 
 
-class InProcess(benchmark.Side):
-    """A side without a process of its own: the works themselves are what these tests run."""
+def test_minutes_are_steps_times_seconds_of_a_step(monkeypatch):
+    def steps(run):
+        for run.step in range(1, (run.total or 10**4) + 1):
+            yield
 
-    def __init__(self, prepare, settings, at_least):
-        self.work = prepare(**settings)
+    def our_run(*_, steps=None, **settings):
+        run = SimpleNamespace(total=steps, diffusion=None, model=torch.nn.Identity())
+        run.ema_models = {"ema_0.995": run}
+        return run
 
-    def measure(self):
-        return benchmark.timed(self.work, 1)
-
-    def finish(self):
-        return {"work": 1, "process": 1}
-
-
-@pytest.mark.parametrize("name", [name for name in benchmark.BENCHMARKS if name != "train_course_64"])  # quick: as _32
-def test_every_comparison_runs(name, fashion, monkeypatch, tmp_path):
-    def without_torchrun(folder, effort, settings):
-        benchmark.time_one_process(settings, tmp_path / "process", 1)
-        seconds = json.loads((tmp_path / "process/seconds.json").read_text())
-        return {1: [seconds], 2: [seconds]}
-
-    monkeypatch.setattr(benchmark, "Side", InProcess)
-    monkeypatch.setattr(benchmark, "time_processes", without_torchrun)
-    (tmp_path / "process").mkdir()
-    out = tmp_path / "result.json"
-    benchmark.main(["--quick", "--only", name, "--json-out", str(out)])
-    rows = json.loads(out.read_text())["rows"]
-    assert rows
-    for row in rows:
-        for side in row.get("points", {key: row.get(key) for key in ("plain", "ours", "gain")}).values():
-            assert 0 < side["min"] <= side["median"] <= side["max"]
-
-
-def test_the_command_with_real_processes_keeps_earlier_rows(tmp_path, capsys):
-    out = tmp_path / "result.json"
-    earlier = {"name": "earlier", "what": "measured before"}
-    out.write_text(json.dumps({"machine": benchmark.machine_facts(), "rows": [earlier]}))
-    benchmark.main(["--quick", "--only", "data_crops", "--json-out", str(out)])
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["earlier", "data_crops"]
-    assert rows[0] == earlier and rows[1]["turns"] == benchmark.QUICK["repeats"]
-    assert "random crops" in capsys.readouterr().out
-
-
-def test_times_of_another_machine_are_dropped(tmp_path):
-    out = tmp_path / "result.json"
-    machine = benchmark.machine_facts()
-    another = machine | {"cpu": "another"}
-    names = ["sample", "quality_sample_grid_cosine_l2_T200", "samplers_fashion_mnist"]
-    out.write_text(json.dumps({"machine": another, "rows": [{"name": name} for name in names]}))
-    recorded, rows = benchmark.earlier_rows(out, machine, ["sample", "quality_sample"])
-    assert recorded == machine and list(rows) == names[1:]
-    recorded, rows = benchmark.earlier_rows(out, machine, ["quality_sample"])  # no time is added
-    assert recorded == another and list(rows) == names
-
-
-def test_the_command_measures_the_rows_that_are_there():
-    default = ["train_28", "train_28_memory", *benchmark.BENCHMARKS]
-    assert benchmark.command_for(default) == "python benchmark.py"
-    assert (
-        benchmark.command_for(["sample", "samplers", "growth_size"])
-        == "python benchmark.py --only sample growth samplers"
+    monkeypatch.setattr(benchmark, "load_images", lambda size: range(60_000))
+    monkeypatch.setattr(benchmark, "our_run", our_run)
+    monkeypatch.setattr(training, "steps", steps)
+    monkeypatch.setattr(benchmark, "distance", lambda model, *_, **options: 4000 / getattr(model, "step", 500))
+    monkeypatch.setattr(
+        benchmark, "measure_alone", lambda make, _: (6 if make.func == benchmark.plain_training else 0.6, 1)
     )
+    (row,) = benchmark.minutes_to_equal_quality("minutes")
+    assert row["ours"]["median"] == pytest.approx(6)  # 600 steps, the first multiple of 200 at or below 8.0
+    assert row["plain"]["median"] == pytest.approx(234.3)
 
 
-def test_gains_are_formed_turn_by_turn():
-    faster = benchmark.table_row("x", "x", "s", [10.0, 40.0, 20.0], [5.0, 10.0, 2.0], lower_is_better=True)
-    assert faster["gain"] == {"median": 4.0, "min": 2.0, "max": 10.0}
-    higher = benchmark.table_row("x", "x", "steps/s", [2.0], [3.0])
-    assert higher["gain"]["median"] == 1.5
+def test_samplers_are_compared_by_steps(monkeypatch):
+    def sample(
+        model, n, shape, progress, sampler, steps, eta
+    ):  # brighter with more steps, for the stand-in of a distance
+        return torch.full((n, *shape), steps / 127.5 - 1)
 
-
-def test_flops_of_a_step_are_three_times_those_of_the_forward_pass():
-    model = build_model(POINT_1)
-    with FlopCounterMode(display=False) as forward:
-        model(torch.zeros(2, 1, 16, 16), torch.zeros(2).long())
-    # less than three times, since no gradient with respect to the images is needed
-    assert 2.5 < benchmark.training_flops(POINT_1, 16, 2) / forward.get_total_flops() <= 3
-
-
-# --- quality: what is resumed, what is compared ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def quality(monkeypatch, tmp_path):
-    """Quality runs of 6 samples in a temporary folder, with one distance for all samples."""
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
-    monkeypatch.setattr(benchmark, "QUALITY_RUNS", tmp_path / "runs")
-    monkeypatch.setattr(benchmark, "SAMPLES", 6)
-    monkeypatch.setattr(benchmark, "GUIDED_SAMPLES", 6)
-    monkeypatch.setattr(benchmark, "SHAPE_SAMPLES", 6)
-    monkeypatch.setattr(benchmark, "GUIDED_STEPS", 3)
-    result = {"frechet_distance": 6.0, "samples": 6}
-    monkeypatch.setattr(benchmark, "distance", lambda images: result if len(images) == 6 else None)
-    return tmp_path
-
-
-def test_interrupted_sampling_goes_on(quality):
-    made = []
-
-    def sample_batch(indices):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(list(indices))
-        return torch.full((len(indices), 1, 4, 4), 0.0)
-
-    with pytest.raises(KeyboardInterrupt):
-        benchmark.cached_samples("run", 7, sample_batch, batch_size=3)
-    first = list(made)
-    made.clear()
-    images = benchmark.cached_samples("run", 7, sample_batch, batch_size=3)
-    assert first + made == [[0, 1, 2], [3, 4, 5], [6]] and images.shape == (7, 4, 4, 1)
-
-
-def test_guided_quality_compares_one_checkpoint_with_itself(quality):
-    config = tiny_config()
-    config["model"]["num_classes"] = 10
-    model = randomise(build_model(config["model"]))
-    path = quality / "checkpoints/fashion_mnist_conditional_20_epochs.safetensors"
-    save_checkpoint(path, {"raw": model.state_dict(), "ema_0.5": model.state_dict()}, config)
-    (row,) = benchmark.quality_guided("quality_guided", benchmark.QUICK, None)
-    plain, ours = row["details"]["plain"], row["details"]["ours"]
-    assert plain["sha256"] == ours["sha256"] and (plain["steps"], ours["steps"]) == (19, 3)
-    assert row["gain"]["median"] == 1
-
-
-def test_samplers_are_compared_on_one_network(quality, capsys):
-    config = tiny_config()
-    del config["model"]["num_classes"]
-    config["diffusion"]["timesteps"] = 100
-    model = randomise(build_model(config["model"]))
-    save_checkpoint(quality / "checkpoints/grid_cosine_l2.safetensors", {"ema_0.5": model.state_dict()}, config)
-    (row,) = benchmark.quality_samplers("samplers", benchmark.QUICK, None)
-    assert {name: list(points) for name, points in row["samplers"].items()} == {
-        "ddpm": [5, 10, 20, 50, 100]
-    } | dict.fromkeys(("ddim, eta = 0", "dpm, eta = 0", "dpm, eta = 1"), [5, 10, 20, 50])
-    made = {path.parent.name: path.read_bytes() for path in (quality / "runs").rglob("*.npz")}
-    assert len(made) == 17 and len(set(made.values())) == 17  # no two ways draw the same images
-    assert (
-        row["name"] == "samplers_grid_cosine_l2" and "fashion_mnist.safetensors is not there" in capsys.readouterr().err
-    )
-    benchmark.print_row(row)
-    assert "dpm, eta = 1" in capsys.readouterr().out
-
-
-def test_without_checkpoints_there_are_no_quality_rows(quality, capsys):
-    assert benchmark.quality_sampling("quality_sample", benchmark.QUICK, None) == []
-    assert "grid_cosine_l2.safetensors is not there" in capsys.readouterr().err
-
-
-def test_training_for_quality_goes_on_and_is_not_measured_twice(quality, tiny_data):
-    config = tiny_config(steps=2)
-    del config["model"]["num_classes"]
-    for steps in (2, 4, 2):  # a rerun asks for the earlier steps again
-        config["train"]["steps"] = steps
-        assert benchmark.train_and_measure("ours", config, tiny_data, "ema")["samples"] == 6
-    tensors, _ = read_checkpoint(quality / "runs/ours/model.safetensors")
-    assert len(tensors["losses"]) == 4
-
-
-def test_minutes_are_steps_times_seconds_of_a_step(quality, monkeypatch):
-    def reached(name, config, data, kind):
-        steps = config["train"]["steps"]
-        return {"frechet_distance": 8.0 if name == "convnext" else 4000 / steps, "samples": 6}
-
-    data = image_data.ImageData(torch.empty(60_000, 1, 1, 1), None, [], "fashion_mnist", False, 1)
-    monkeypatch.setattr(benchmark, "load_data", lambda name: data)
-    monkeypatch.setattr(benchmark, "train_and_measure", reached)
-    monkeypatch.setattr(benchmark, "take_turns", lambda *args, **settings: ({"plain": [6.0], "ours": [0.6]}, {}))
-    (row,) = benchmark.quality_minutes("quality_minutes", benchmark.QUICK, None)
-    assert row["details"]["ours"]["steps"] == 600  # the first multiple of 200 at or below 8.0
-    assert row["plain"]["median"] == pytest.approx(2343 * 0.1) and row["ours"]["median"] == pytest.approx(6)
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
+    monkeypatch.setattr(benchmark, "load_model", lambda *_: (None, SimpleNamespace(sample=sample), None))
+    monkeypatch.setattr(benchmark.evaluate, "evaluate_samples", lambda x, data_name: {"frechet_distance": int(x.max())})
+    rows = list(benchmark.compare_samplers("samplers"))
+    assert [row["checkpoint"] for row in rows] == ["grid_cosine_l2.safetensors", "fashion_mnist.safetensors"]
+    assert list(rows[0]["samplers"]) == ["ddpm", "ddim, eta = 0", "dpm, eta = 0", "dpm, eta = 1"]
+    points = rows[1]["samplers"]["ddpm"]
+    assert {steps: p["frechet_distance"] for steps, p in points.items()} == {str(s): s for s in (5, 10, 20, 50, 100)}
 
 
 def test_bad_input_ends_with_one_line(refused, tmp_path):
     assert "'nonsense'" in refused(benchmark.main, "--only", "nonsense")
     (tmp_path / "bad.json").write_text("[]")
-    assert "not a result" in refused(benchmark.main, "--quick", "--json-out", tmp_path / "bad.json")
-    assert "cannot write" in refused(benchmark.main, "--quick", "--json-out", tmp_path)
+    assert "not a result" in refused(benchmark.main, "--json-out", tmp_path / "bad.json")
+    assert "cannot write" in refused(benchmark.main, "--json-out", tmp_path)
 
 
-def a_side_that_refuses():
-    raise utils.UserError("no such data")
-
-
-def test_a_side_that_fails_is_one_clear_error(monkeypatch):
-    monkeypatch.setattr(benchmark.signal, "signal", lambda *handler: None)  # this process keeps its Ctrl-C
-    side = object.__new__(benchmark.Side)
-    side.pipe, theirs = benchmark.SPAWN.Pipe()
-    benchmark.serve(theirs, a_side_that_refuses, {}, 0.0)
-    with pytest.raises(utils.UserError, match="no such data"):
-        side.receive()
-    theirs.close()  # as if the process were gone
+def test_a_measuring_process_that_dies():
     with pytest.raises(utils.UserError, match="has died"):
-        side.receive()
+        benchmark.measure_alone(os._exit, (1,))

@@ -518,6 +518,22 @@ def test_respaced_is_the_same_process(schedule, timesteps, data):
     torch.testing.assert_close(1 - coarse.betas, survive, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
+def test_shortened_starts_at_a_noised_image(sampler):
+    """The network sees the timesteps that it knows, from where the image was noised down to 0."""
+    d, seen = Diffusion(100, "cosine"), []
+
+    def eps_model(x, t):
+        seen.append(t[0].item())
+        return some_model(x, t)
+
+    x_t = d.q_sample(torch.zeros(1, 1, 2, 2), torch.tensor([39]), torch.ones(1, 1, 2, 2))
+    d.shortened(40).sample(eps_model, 1, (1, 2, 2), x_T=x_t, sampler=sampler, steps=10)
+    assert len(seen) == 10 and seen[0] == 39 and seen == sorted(seen, reverse=True)
+    with pytest.raises(ValueError, match="to start at"):
+        d.shortened(101)
+
+
 def test_a_perfect_predictor_gets_the_image_back():
     x0 = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     d = Diffusion(100, "cosine")

@@ -1,7 +1,9 @@
-"""evaluate.py against scipy, brute force, closed forms and another library's bound; errors; the shipped classifier."""
+"""evaluate.py and features.py against scipy, brute force, closed forms and other libraries; errors; shipped files."""
 
 import json
 import math
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import safetensors.torch
 import scipy.linalg
 import scipy.stats
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,11 +19,11 @@ from torch import nn
 
 import evaluate
 import features
-import image_data
 from ddpm import Diffusion
 from image_data import ImageData, load_data
-from utils import UserError, generator, save_samples, to_model, to_uint8
-from weights import read_file, save_tensors
+from modules import PatchUNet
+from utils import UserError, generator, load_samples, save_samples, to_model, to_uint8
+from weights import read_tensors, save_checkpoint, save_tensors
 
 
 def normal(*shape, seed=0):
@@ -152,6 +155,22 @@ def test_nearest_neighbours_brute_force(k):
     np.testing.assert_allclose(distance, everything.sort(1).values[:, :k], atol=1e-6)
     with pytest.raises(UserError, match="the images of toy"):
         evaluate.nearest_neighbours(samples[..., :4], data)
+
+
+@pytest.mark.parametrize("copies, share", [(0, 0.5), (100, 0.75), (200, 1.0)])
+def test_copying(copies, share):
+    """Of 200 samples, so many are slightly changed training images; the others are images of their own."""
+    images = torch.randint(256, (900, 1, 6, 6), generator=generator(1), dtype=torch.uint8)
+    train, test = (ImageData(x, None, [], "toy", False, 6) for x in (images[:500], images[500:700]))
+    samples = images[700:].clone()
+    result = evaluate.copying(samples, train, test)
+    seen = torch.randperm(500, generator=generator(0))[:200]  # equally many of both
+    samples[:copies] = images[seen[:copies]] ^ 1
+    result = evaluate.copying(samples, train, test)
+    assert result["images_of_each"] == 200
+    assert abs(result["share_of_training_images"] - share) <= 3 * 0.5 / math.sqrt(200) * (copies < 200)
+    p = result["share_of_training_images"]
+    assert result["standard_error"] == pytest.approx(scipy.stats.binom(200, p).std() / 200)
 
 
 # --- likelihood and noise error -----------------------------------------------------------------------------------
@@ -344,17 +363,25 @@ def test_a_folder_called_like_built_in_data_is_not_taken_for_it(use, tmp_path):
         use(tmp_path / "cifar10")
 
 
-def test_another_folder_of_the_same_name_is_not_taken_for_the_classifiers(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "CHECKPOINTS", tmp_path / "checkpoints")
+def picture(path, size=(8, 8), colour=(100, 100, 100)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path, monkeypatch):
+    """Classifiers are trained in no time, in a project folder of their own."""
     monkeypatch.setattr(features, "ROOT", tmp_path)
-    cycle = {"epochs": 1, "learning_rate": 0.1, "weight_decay": 0, "shift": 0, "flip": False}
-    recipe = {"widths": [4], "depths": [], "batch_size": 4, "cycles": [cycle]}
-    monkeypatch.setitem(features.RECIPES, str(tmp_path / "a/photos"), features.DEFAULT_RECIPE | recipe)
+    monkeypatch.setattr(features, "CHECKPOINTS", tmp_path / "checkpoints")
+    cycle = {"epochs": 2, "learning_rate": 0.2, "weight_decay": 5e-4, "shift": 1, "flip": False}
+    recipe = {"widths": [4, 8], "depths": [1], "batch_size": 10, "cycles": [cycle]}
+    monkeypatch.setattr(features, "DEFAULT_RECIPE", features.DEFAULT_RECIPE | recipe)
+
+
+def test_another_folder_of_the_same_name_is_not_taken_for_the_classifiers(tmp_path, tiny_recipe):
     for side, count in ("a", 20), ("b", 21), ("moved", 20):
         for i in range(count):
-            path = tmp_path / side / "photos" / ("cats" if i % 2 else "dogs") / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (12 * i, 100, 100)).save(path)
+            picture(tmp_path / side / "photos" / ("cats" if i % 2 else "dogs") / f"{i}.png", colour=(12 * i, 9, 9))
     features.train_features(str(tmp_path / "a/photos"))
     assert features.load_features(tmp_path / "a/photos").classes == ["cats", "dogs"]
     assert features.load_features(tmp_path / "moved/photos").classes == ["cats", "dogs"]
@@ -363,17 +390,12 @@ def test_another_folder_of_the_same_name_is_not_taken_for_the_classifiers(tmp_pa
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """A project folder whose data set `toy` is easy: class 1 is bright on the left, class 0 on the right."""
-    monkeypatch.setattr(features, "ROOT", tmp_path)
-    monkeypatch.setattr(features, "CHECKPOINTS", tmp_path / "checkpoints")
-    cycle = {"epochs": 2, "learning_rate": 0.2, "weight_decay": 5e-4, "shift": 1, "flip": False}
-    recipe = {"widths": [4, 8], "depths": [1], "batch_size": 50, "cycles": [cycle]}
-    monkeypatch.setitem(features.RECIPES, "toy", features.DEFAULT_RECIPE | recipe)
+def toy(tiny_recipe, monkeypatch):
+    """A data set `toy` that is easy: class 1 is bright on the left, class 0 on the right."""
 
-    def load(name, split="train", image_size=None):
+    def load(name, split="train", image_size=None, channels=None, labels=False):
         if name != "toy":
-            return load_data(name, split, image_size)
+            return load_data(name, split, image_size, channels, labels)
         count = 400 if split == "train" else 100
         g = generator(count)
         images = torch.randint(100, (count, 1, 8, 8), generator=g, dtype=torch.uint8)
@@ -382,79 +404,107 @@ def toy(tmp_path, monkeypatch):
         images[labels == 0, :, :, 4:] += 120
         return ImageData(images, labels, ["right", "left"], "toy", False, 8)
 
-    monkeypatch.setattr(image_data, "load_data", load)
+    monkeypatch.setattr(features, "load_data", load)
     return load
 
 
-def run(*argv):
-    return evaluate.main([str(a) for a in argv])
+@pytest.fixture
+def run(capsys):
+    """run(*argv): the JSON object that the command prints, alone on stdout."""
+
+    def run(*argv):
+        capsys.readouterr()
+        evaluate.main([str(a) for a in argv])
+        return json.loads(capsys.readouterr().out)
+
+    return run
 
 
-def test_from_training_a_classifier_to_numbers(toy, tmp_path, capsys):
-    run("train-features", "toy")
-    facts = json.loads(capsys.readouterr().out)
+def test_from_training_a_classifier_to_numbers(toy, tmp_path, run):
+    facts = run("train-features", "toy")
     assert facts["test_accuracy"] > 0.9 and facts["command"] == "python evaluate.py train-features toy"
     net = features.load_features("toy")
     assert features.accuracy(net, toy("toy", "test")) == facts["test_accuracy"]
 
     train, path = toy("toy"), tmp_path / "samples.npz"
-    save_samples(path, train.images, train.labels)
+    save_samples(path, train.images, train.labels, {"seed": 5})
     out = tmp_path / "report/results/toy.json"
-    run(path, "--data", "toy", "--json-out", out, "--seed", 3, "--labels")
-    real = json.loads(capsys.readouterr().out)
+    real = run(path, "--data", "toy", "--json-out", out, "--seed", 3)
     assert json.loads(out.read_text()) == real
     assert real["samples"] == 400 and real["features"]["sha256"] == net.sha256
     assert real["labels"]["agreement"] > 0.9 and real["reference"]["images"] == 100
     assert real["frechet_distance_to_train"] == pytest.approx(0, abs=1e-6)
     assert real["precision_recall_settings"] == {"k": 3, "count": 100, "seed": 3}
 
+    # the same images as pictures in class folders, where the labels are the folders' names
+    for i, (image, label) in enumerate(zip(train.images, train.labels, strict=True)):
+        folder = tmp_path / "pictures" / train.classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(folder / f"{i}.png")
+    pictures = run(tmp_path / "pictures", "--data", "toy", "--seed", 3)
+    for key in ("samples", "labels", "features"):
+        assert pictures[key] == (real[key] if key != "labels" else pictures[key])
+    assert pictures["labels"]["agreement"] == real["labels"]["agreement"]
+    assert pictures["frechet_distance"] == pytest.approx(real["frechet_distance"], rel=1e-4)
+
+    copied = run("copying", path, "--data", "toy", "--features", "toy")
+    assert copied["samples"] == 400 and copied["data"] == "toy"
+    assert copied["pixels"]["share_of_training_images"] > 0.6 < copied["features of toy"]["share_of_training_images"]
+
     save_samples(path, torch.randint(256, (400, 1, 8, 8), dtype=torch.uint8), 1 - train.labels)
-    run(path, "--data", "toy", "--bootstrap", 0)
-    noise = json.loads(capsys.readouterr().out)
+    noise = run(path, "--data", "toy", "--bootstrap", 0)
     assert noise["frechet_distance"] > 3 * real["frechet_distance"]
     assert noise["kernel_distance"]["kid"] > real["kernel_distance"]["kid"]
     assert "frechet_bootstrap" not in noise
 
-    run("sanity", "--data", "toy", "--n", 100)
-    rows = {r["name"]: r for r in json.loads((tmp_path / "report/results/sanity_toy.json").read_text())["sets"]}
-    assert rows["train"]["frechet_distance"] < rows["noise only"]["frechet_distance"]
-    assert rows["without 1 of 2 classes"]["recall"] < rows["train"]["recall"]
-
-    with pytest.raises(UserError, match="do not determine the covariance"):
-        run("sanity", "--data", "toy", "--n", 5)
     with pytest.raises(UserError, match="cannot write"):
         run(path, "--data", "toy", "--json-out", ".")
-
     reference = tmp_path / "checkpoints/reference_toy.safetensors"
     reference.rename(reference.with_name("features_toy.safetensors"))
     with pytest.raises(UserError, match="does not fit the network"):
         features.load_features("toy")
 
 
-def test_a_folder_of_photographs_is_measured_in_another_classifiers_features(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """photographs(n): a folder of n of them without classes; `rgb` is a classifier with 8 features for 8 x 8 pixels."""
     monkeypatch.setattr(features, "CHECKPOINTS", tmp_path)
     shape = {"channels": 3, "image_size": 8, "classes": 2, "widths": [4, 8], "depths": [1]}
     facts = {"architecture": shape, "classes": ["a", "b"], "test_accuracy": 0.5}
     save_tensors(tmp_path / "features_rgb.safetensors", features.FeatureNet(**shape).state_dict(), facts)
-    g = generator(5)
-    for i in range(400):
-        path = tmp_path / f"photographs/{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(torch.randint(256, (24, 24, 3), generator=g, dtype=torch.uint8).numpy()).save(path)
-    train = load_data(tmp_path / "photographs", image_size=8)
-    assert train.images.shape[-1] == 10  # larger than asked for: room for crops
-    small = torch.nn.functional.interpolate(train.images, (8, 8), mode="bilinear", antialias=True)
-    save_samples(tmp_path / "samples.npz", small)
-    run(tmp_path / "samples.npz", "--data", tmp_path / "photographs", "--features", "rgb", "--k", 1)
-    result = json.loads(capsys.readouterr().out)
-    assert result["features"]["name"] == "rgb" and result["data"] == "photographs"
-    assert result["frechet_distance_to_train"] == pytest.approx(0, abs=1e-6)
 
-    # twice as large as the classifier takes: shrunk, and the real images in the same way
-    save_samples(tmp_path / "large.npz", features.load_whole(tmp_path / "photographs", image_size=16).images)
-    run(tmp_path / "large.npz", "--data", tmp_path / "photographs", "--features", "rgb", "--k", 1)
-    result = json.loads(capsys.readouterr().out)
-    assert result["image_size"] == 16 and result["frechet_distance_to_train"] == pytest.approx(0, abs=1e-6)
+    def make(count):
+        g, folder = generator(5), tmp_path / "photographs"
+        folder.mkdir()
+        for i in range(count):
+            pixels = torch.randint(256, (24, 24, 3), generator=g, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("size", [8, 16])  # 16: twice as large as the classifier takes; both sides are shrunk
+def test_a_folder_of_photographs_is_measured_in_another_classifiers_features(size, photographs, tmp_path, run):
+    folder = photographs(400)
+    save_samples(tmp_path / "samples.npz", features.load_splits(folder, size)[0].images)
+    result = run(tmp_path / "samples.npz", "--data", folder, "--features", "rgb")
+    assert result["features"]["name"] == "rgb" and result["data"] == "photographs" and result["image_size"] == size
+    assert result["frechet_distance_to_train"] == pytest.approx(0, abs=1e-6)
+    assert result["frechet_distance"] > 0
+
+
+def test_too_few_held_out_images(photographs, tmp_path, run, monkeypatch, capsys, refused):
+    """A distance to them would mean nothing: what can be said without it is, and the way out is named."""
+    monkeypatch.setattr(evaluate, "kid", lambda *_: {})
+    folder = photographs(80)
+    save_samples(tmp_path / "samples.npz", features.load_splits(folder, 8)[0].images)
+    assert "--features cifar10" in refused(evaluate.main, tmp_path / "samples.npz", "--data", folder)
+    evaluate.main([str(tmp_path / "samples.npz"), "--data", str(folder), "--features", "rgb"])
+    out, err = capsys.readouterr()
+    assert "since 8 are too few for 8 features: add images until 9 are held out" in err and "--features" in err
+    result = json.loads(out)
+    assert "frechet_distance" not in result and result["frechet_distance_to_train"] == pytest.approx(0, abs=1e-6)
 
 
 def test_mirrored_features_do_not_tell_left_from_right():
@@ -480,8 +530,8 @@ def test_interrupted_classifier_training_goes_on_to_the_same_weights(toy, tmp_pa
     features.train_features("toy")
     path = tmp_path / "checkpoints/features_toy.safetensors"
     whole = path.read_bytes()
-    for file in tmp_path.rglob("*.*"):
-        file.unlink() if file.is_file() else None
+    shutil.rmtree(tmp_path / "runs")
+    path.unlink()
     measure, calls = features.accuracy, []
 
     def interrupt(net, data):
@@ -511,7 +561,7 @@ def shipped():
 
 def test_shipped_classifier(shipped):
     net, reference, test = shipped
-    _, facts = read_file(features.checkpoint_path("features", "fashion_mnist"), "")
+    _, facts = read_tensors(features.checkpoint_path("features", "fashion_mnist"), "")
     assert facts["test_accuracy"] >= 0.94
     some = ImageData(test.images[:1000], test.labels[:1000], test.classes, "", False, 28)
     assert features.accuracy(net, some) > 0.92
@@ -526,16 +576,56 @@ def test_shipped_classifier_orders_images(shipped):
     images, g = test.images[:600], generator(0)
     sets = [
         images,
-        evaluate.add_noise(images, 0.1, g),
-        evaluate.add_noise(images, 0.4, g),
+        *[to_uint8(to_model(images) + sigma * torch.randn(images.shape, generator=g)) for sigma in (0.1, 0.4)],
         torch.randint(256, images.shape, generator=g, dtype=torch.uint8),
     ]
     results = [evaluate.compare(evaluate.features_of(net, x)[0], reference, draws=0) for x in sets]
     for measure in (lambda r: r["frechet_distance"], lambda r: r["kernel_distance"]["kid"], lambda r: -r["precision"]):
         values = [measure(r) for r in results]
         assert values == sorted(values) and values[0] < values[-1]
-    blurred = evaluate.features_of(net, evaluate.blur(images, 1.5))[0]
-    assert evaluate.compare(blurred, reference, draws=0)["frechet_distance"] > results[0]["frechet_distance"]
+    blurred = torchvision.transforms.functional.gaussian_blur(images, 11, 1.5)
+    blurred = evaluate.compare(evaluate.features_of(net, blurred)[0], reference, draws=0)
+    assert blurred["frechet_distance"] > results[0]["frechet_distance"]
+
+
+# --- what others made ---------------------------------------------------------------------------------------------
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "arrays, said",
+    [
+        ({"arr_0": PIXELS, "arr_1": np.arange(5)}, ""),
+        ({"samples": PIXELS.transpose(0, 3, 1, 2)}, ""),
+        ({"images": PIXELS / 255}, "read as in [0, 1]"),
+        ({"images": (PIXELS.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)}, "read as in [-1, 1]"),
+    ],
+)
+def test_samples_of_other_programs(arrays, said, tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", **arrays)
+    np.save(tmp_path / "x.npy", next(iter(arrays.values())))
+    for path in (tmp_path / "x.npz", tmp_path / "x.npy"):
+        images, labels = load_samples(path)
+        assert torch.equal(images, torch.from_numpy(PIXELS).permute(0, 3, 1, 2)) and said in capsys.readouterr().err
+        assert (labels is not None) == (path.suffix == ".npz" and "arr_1" in arrays)
+
+
+def test_pictures_of_other_programs(tmp_path):
+    for i, image in enumerate(PIXELS):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    images, labels = load_samples(tmp_path)
+    assert torch.equal(images, torch.from_numpy(PIXELS).permute(0, 3, 1, 2)) and labels is None
+    picture(tmp_path / "grey/a/x.png")
+    picture(tmp_path / "grey/b/y.jpg")
+    images, labels = load_samples(tmp_path / "grey")
+    assert images.shape == (2, 1, 8, 8) and labels == ["a", "b"]
+    with pytest.raises(UserError, match="must be of one size"):
+        load_samples(tmp_path)
+    with pytest.raises(UserError, match="folder 'a' is none of the classes c, d"):
+        evaluate.class_indices(labels, ["c", "d"])
+    assert evaluate.class_indices(["1", "c"], ["c", "d"]).tolist() == [1, 0]
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -563,15 +653,9 @@ def nan_images(tmp_path):
         (lambda p: samples(p, high=2), [], "largest value is 1"),
         (lambda p: samples(p, dtype=np.float32), [], "uint8"),
         (nan_images, [], "uint8"),
-        (samples, ["--labels"], "have no labels"),
         (lambda p: samples(p, labels=np.full(300, 10)), [], "label 10 is out of range"),
         (samples, ["--data", "nonsense"], "features_nonsense.safetensors"),
         (samples, ["--features", "nonsense"], "features_nonsense.safetensors"),
-        (
-            lambda p: samples(p, labels=np.zeros(300, int)),
-            ["--data", "x/cifar10", "--features", "fashion_mnist", "--labels"],
-            "does not know the labels of cifar10",
-        ),
         (samples, ["--bootstrap", "1"], "at least 2 draws"),
         (lambda p: p / "missing.npz", [], "no sample file"),
     ],
@@ -582,36 +666,60 @@ def test_bad_samples(tmp_path, refused, make, options, message):
     assert message in line and not out.exists()
 
 
-@pytest.mark.parametrize("argv", [["likelihood"], ["sanity", "--n", "0"], ["x.npz"], ["x.npz", "--data=d", "--k", "0"]])
+@pytest.mark.parametrize("argv", [["likelihood"], ["likelihood", "x", "--n", "0"], ["x.npz"], ["copying", "x.npz"]])
 def test_bad_flags(argv, refused):
     assert "--help" in refused(evaluate.main, *argv)
 
 
-def test_bad_checkpoint_and_counts(tmp_path):
-    with pytest.raises(UserError, match="missing.safetensors"):
-        run("likelihood", tmp_path / "missing.safetensors")
-    config = {"model": {"channels": 1}, "data": {"name": "fashion_mnist", "image_size": 28}}
-    for count in (1, 10_001):
-        with pytest.raises(UserError, match="--n must be between"):
-            evaluate.model_images(None, config, count)
-    with pytest.raises(UserError, match="have 3 channels"):
-        evaluate.model_images(None, config | {"model": {"channels": 3}}, 10)
-    with pytest.raises(UserError, match="give --data"):
-        evaluate.model_images(None, {"model": {}, "data": {"image_size": 28}}, 10)
-    with pytest.raises(UserError, match="a folder called photos: say where it is with --data"):
-        evaluate.model_images(None, {"model": {}, "data": {"name": "photos", "image_size": 28}}, 10)
+@pytest.mark.parametrize(
+    "change, count, message",
+    [
+        ({}, 1, "--n must be between"),
+        ({}, 10_001, "--n must be between"),
+        ({"model": {"channels": 3}}, 10, "have 3 channels"),
+        ({"data": {"image_size": 28}}, 10, "trained on data without a name: say where it is with --data"),
+        ({"data": {"name": "photos", "image_size": 28}}, 10, "trained on photos: say where it is with --data"),
+        ({"model": {"channels": 1, "num_classes": 3}}, 10, "are not those of the model"),
+        (
+            {"model": {"channels": 1, "num_classes": 10}, "data": {"classes": list("abcdefghij")}},
+            10,
+            "are not those of",
+        ),
+    ],
+)
+def test_images_that_do_not_fit_the_model(change, count, message):
+    config = {"model": {"channels": 1}, "data": {"name": "fashion_mnist", "image_size": 28}} | change
+    if "classes" in config["data"]:
+        config["data"] |= {"name": "fashion_mnist", "image_size": 28}
+    with pytest.raises(UserError, match=message):
+        evaluate.model_images(None, config, count)
 
 
-def test_inception_without_its_package_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torchmetrics.image.fid", None)
-    with pytest.raises(UserError, match="pip install torchmetrics torch-fidelity"):
-        run(samples(tmp_path), "--data", "fashion_mnist", "--features", "inception")
+def test_inception_without_its_package_is_one_line(tmp_path, monkeypatch, refused):
+    monkeypatch.setitem(sys.modules, "torchmetrics.image", None)
+    line = refused(evaluate.main, samples(tmp_path), "--data", "fashion_mnist", "--features", "inception")
+    assert "pip install torchmetrics torch-fidelity" in line
 
 
-def test_a_checkpoint_from_the_command_line(tmp_path, capsys):
-    from modules import PatchUNet
-    from weights import save_checkpoint
+def test_inception_against_pytorch_fid():
+    """With another network in Inception's place: the distance that pytorch-fid computes from its features."""
+    pytest.importorskip("torchmetrics")
+    from pytorch_fid.fid_score import calculate_frechet_distance
 
+    class Network(nn.Module):
+        def forward(self, x):
+            return nn.functional.adaptive_avg_pool2d(x[:, 0].float(), 3).flatten(1)
+
+    test = load_data("fashion_mnist", "test").images
+    images = torch.randint(256, (300, 1, 28, 28), generator=generator(0), dtype=torch.uint8)
+    result = evaluate.inception_distance(images, "fashion_mnist", network=Network())
+    x, y = (Network()(part.expand(-1, 3, -1, -1)).double() for part in (images, test))
+    moments = [f(part.numpy()) for part in (x, y) for f in (lambda a: a.mean(0), lambda a: np.cov(a, rowvar=False))]
+    assert result["frechet_distance"] == pytest.approx(calculate_frechet_distance(*moments), rel=1e-4)
+    assert result["kernel_distance"]["kid"] > 0
+
+
+def test_a_checkpoint_from_the_command_line(tmp_path, run):
     config = {
         "model": {"name": "PatchUNet", "channels": 1, "width": 8},
         "diffusion": {"timesteps": 20},
@@ -619,23 +727,13 @@ def test_a_checkpoint_from_the_command_line(tmp_path, capsys):
         "train": {"ema_betas": [], "steps": 1, "batch_size": 1},
     }
     model = PatchUNet(channels=1, width=8)  # its last layer starts at zero: it predicts that there is no noise
-    path = tmp_path / "model.safetensors"
+    path = tmp_path / "run/model.safetensors"
     save_checkpoint(path, {"raw": model.state_dict()}, config)
-    run("noise-error", path, "--n", 50, "--bins", 4)
-    result = json.loads(capsys.readouterr().out)
+    result = run("noise-error", path.parent, "--n", 50, "--bins", 4)
     assert result["mse"] == pytest.approx(1, abs=0.02) and result["data"] == "fashion_mnist"
     assert [(r["t_from"], r["t_to"]) for r in result["per_t"]] == [(0, 4), (5, 9), (10, 14), (15, 19)]
-    run("likelihood", path, "--n", 20, "--variance", "posterior", "--no-clip")
-    result = json.loads(capsys.readouterr().out)
+    result = run("likelihood", path, "--n", 20, "--variance", "posterior", "--no-clip")
     assert result["images"] == 20 and result["variance"] == "posterior" and not result["clip"]
     assert result["sha256"] == evaluate.sha256(path)
-
-
-@pytest.mark.parametrize(("count", "classes"), [(3, None), (10, list("abcdefghij"))])
-def test_labels_of_other_classes_are_refused(count, classes):
-    config = {
-        "data": {"image_size": 28} | ({"classes": classes} if classes else {}),
-        "model": {"channels": 1, "num_classes": count},
-    }
-    with pytest.raises(UserError, match="are not those of the model"):
-        evaluate.model_images(str(evaluate.ROOT / "data/fashion_mnist_sample"), config, 5)
+    with pytest.raises(UserError, match="missing.safetensors"):
+        run("likelihood", tmp_path / "missing.safetensors")

@@ -1,4 +1,4 @@
-"""The loop and its files: same seed same bits, exact resume, several processes, and every way a run or a file can break."""
+"""The loop and its files: same seed same bits, exact resume, several processes, and every way a run can break."""
 
 import contextlib
 import copy
@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import resource
 import signal
@@ -19,15 +18,24 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, tiny_config, write_idx
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import training
 import utils
 from ddpm import Diffusion
-from training import Held, Run, load_state, locked, save_state, train
+from training import Held, locked, train
 from utils import UserError
-from weights import build_model, load_checkpoint, read_checkpoint, save_checkpoint, select_weights
+from weights import (
+    STATES,
+    build_model,
+    load_checkpoint,
+    load_state,
+    read_checkpoint,
+    save_checkpoint,
+    save_state,
+    select_weights,
+)
 
 
 def contents(folder):
@@ -73,17 +81,17 @@ def stop_after(monkeypatch):
     def arrange(step, number=signal.SIGTERM):
         draw_batch = training.draw_batch
 
-        def draw_and_signal(data, config, k, timesteps):
+        def draw_and_signal(data, config, k, diffusion):
             if k == step:
                 os.kill(os.getpid(), number)
-            return draw_batch(data, config, k, timesteps)
+            return draw_batch(data, config, k, diffusion)
 
         monkeypatch.setattr(training, "draw_batch", draw_and_signal)
 
     return arrange
 
 
-# --- same seed, same bits ----------------------------------------------------------------------------------------------
+# --- same seed, same bits --------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_its_files(finished):
@@ -114,6 +122,18 @@ def test_sample_grids_do_not_change_the_run(finished, tiny_data, tmp_path):
     assert_same(contents(tmp_path), contents(finished))
 
 
+def test_a_run_needs_no_folder(finished, tiny_data):
+    """The loop alone, as a notebook uses it: the same weights and losses, and it goes on from wherever it was left."""
+    run = training.Run(tiny_config(), tiny_data)
+    losses = [loss.item() for _, loss in zip(range(5), training.steps(run))]
+    assert run.step == 5
+    losses += [loss.item() for loss in training.steps(run)]
+    tensors = load_file(finished / "model.safetensors")
+    assert losses == tensors["losses"].tolist() and run.step == 12
+    for kind, model in {"raw": run.model, **run.ema_models}.items():
+        assert all(torch.equal(w, tensors[f"{kind}/{name}"]) for name, w in model.state_dict().items())
+
+
 @pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
 def test_plain_loop_is_the_same_run(tiny_data, tmp_path, optimizer):
     """The loop against one written out here: per-tensor averages, an unfused optimizer, contiguous tensors."""
@@ -127,7 +147,7 @@ def test_plain_loop_is_the_same_run(tiny_data, tmp_path, optimizer):
     optim = step_of(model.parameters(), lr=lr, foreach=False)
     diffusion = Diffusion(20, "cosine")
     for step in range(12):
-        x0, t, noise, labels = training.draw_batch(tiny_data, config, step, 20)
+        x0, t, noise, labels = training.draw_batch(tiny_data, config, step, diffusion)
         a = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
         x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
         loss = ((model(x_t, t, labels) - noise) ** 2).mean()
@@ -147,7 +167,7 @@ def test_plain_loop_is_the_same_run(tiny_data, tmp_path, optimizer):
             torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=name)
 
 
-# --- random draws ------------------------------------------------------------------------------------------------------
+# --- random draws ----------------------------------------------------------------------------------------------------
 
 
 def test_every_epoch_shows_every_image_once():
@@ -161,10 +181,10 @@ def test_every_epoch_shows_every_image_once():
 
 def test_draws_of_a_step(tiny_data):
     config = tiny_config(batch_size=4000, p_uncond=0.2)
-    x0, t, noise, labels = training.draw_batch(tiny_data, config, 3, 20)
-    again = training.draw_batch(tiny_data, config, 3, 20)
+    x0, t, noise, labels = training.draw_batch(tiny_data, config, 3, Diffusion(20))
+    again = training.draw_batch(tiny_data, config, 3, Diffusion(20))
     assert all(torch.equal(a, b) for a, b in zip((x0, t, noise, labels), again, strict=True))
-    assert not torch.equal(training.draw_batch(tiny_data, config, 4, 20)[2], noise)
+    assert not torch.equal(training.draw_batch(tiny_data, config, 4, Diffusion(20))[2], noise)
     assert x0.min() >= -1 and x0.max() <= 1 and noise.std().sub(1).abs() < 0.01
     assert t.bincount().shape == (20,) and t.bincount().min() > 120  # 200 expected, standard deviation 14
     dropped = labels == -1
@@ -175,14 +195,31 @@ def test_draws_of_a_step(tiny_data):
 
 def test_label_dropout_of_whole_batches(tiny_data):
     config = tiny_config(label_dropout="batch", p_uncond=0.3)
-    whole = [training.draw_batch(tiny_data, config, step, 20)[3] == -1 for step in range(300)]
+    whole = [training.draw_batch(tiny_data, config, step, Diffusion(20))[3] == -1 for step in range(300)]
     assert all(dropped.all() or not dropped.any() for dropped in whole)
     assert abs(sum(dropped[0].item() for dropped in whole) / 300 - 0.3) < 0.1
     config = tiny_config(p_uncond=0.0)
-    assert (training.draw_batch(tiny_data, config, 0, 20)[3] >= 0).all()
+    assert (training.draw_batch(tiny_data, config, 0, Diffusion(20))[3] >= 0).all()
 
 
-# --- exact resume ------------------------------------------------------------------------------------------------------
+def test_timesteps_drawn_by_the_bounds_weights(tiny_data):
+    """In proportion to them; so the mean gradient is the weighted loss's, divided by the weights' mean."""
+    config, diffusion = tiny_config(batch_size=20_000, timestep_sampling="vlb"), Diffusion(20)
+    shares = training.draw_batch(tiny_data, config, 0, diffusion)[1].bincount(minlength=20) / 20_000
+    torch.testing.assert_close(shares, diffusion.vlb_weights / diffusion.vlb_weights.sum(), atol=0.01, rtol=0)
+    config["train"]["timestep_sampling"] = "laplace"
+    with pytest.raises(ValueError, match="choose from uniform, vlb"):
+        training.draw_batch(tiny_data, config, 0, diffusion)
+
+
+@pytest.mark.parametrize("cooldown, rates", [(0, [8] * 8), (0.5, [8] * 5 + [6, 4, 2]), (1, [8, 7, 6, 5, 4, 3, 2, 1])])
+def test_cooldown(cooldown, rates):
+    settings = {"lr": 8.0, "cooldown": cooldown, "steps": 8}
+    assert [training.learning_rate(settings, step) for step in range(8)] == rates
+    assert training.learning_rate(settings | {"steps": None}, 7) == 8  # --minutes, not yet measured
+
+
+# --- exact resume ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step, number", [(0, signal.SIGTERM), (5, signal.SIGINT), (11, signal.SIGTERM)])
@@ -225,15 +262,16 @@ def test_a_second_signal_interrupts_at_once(tiny_data, tmp_path, monkeypatch):
 
 def test_resume_from_a_periodic_state(finished, tiny_data, tmp_path, monkeypatch):
     """Killed without notice: what is lost is only what came after the last state."""
-    train_step = Run.train_step
+    draw_batch, drawn = training.draw_batch, []
 
-    def killed(self, *args):
-        self.saved_at = -1e9 if self.step in (3, 4) else 1e9  # when the next save is due
-        if self.step == 9:
+    def killed(data, config, step, diffusion):
+        drawn.append(step)
+        if step == 9:
             raise SystemExit("killed")
-        return train_step(self, *args)
+        return draw_batch(data, config, step, diffusion)
 
-    monkeypatch.setattr(Run, "train_step", killed)
+    monkeypatch.setattr(training, "draw_batch", killed)
+    monkeypatch.setattr(training.RunFolder, "save_is_due", lambda self: drawn[-1] in (3, 4))
     with pytest.raises(SystemExit):
         train(tiny_config(), tiny_data, tmp_path)
     assert [int(p.name.split("_")[1]) for p in sorted(tmp_path.glob("state_*"))] == [4, 5]
@@ -252,6 +290,36 @@ def test_resume_of_a_finished_run_changes_nothing(finished, tiny_data, tmp_path)
 def test_resume_to_more_steps_is_the_longer_run(finished, tiny_data, tmp_path):
     train(tiny_config(steps=5), tiny_data, tmp_path)
     train(tiny_config(steps=12), tiny_data, tmp_path, resume=True)
+    assert_same(contents(tmp_path), contents(finished))
+
+
+def test_resume_with_a_cooldown(tiny_data, tmp_path, stop_after, monkeypatch, capsys):
+    """The learning rate is a function of the step and the length alone. A run made longer says that it rises again."""
+    train(tiny_config(cooldown=0.5), tiny_data, tmp_path / "whole")
+    stop_after(8)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(cooldown=0.5), tiny_data, tmp_path / "parts")
+    monkeypatch.undo()
+    train(tiny_config(cooldown=0.5), tiny_data, tmp_path / "parts", resume=True)
+    assert_same(contents(tmp_path / "parts"), contents(tmp_path / "whole"))
+    assert "rises again" not in capsys.readouterr().err
+    train(tiny_config(cooldown=0.5, steps=20), tiny_data, tmp_path / "parts", resume=True)
+    assert "rises again" in capsys.readouterr().err
+
+
+def test_states_of_older_versions_go_on(finished, tiny_data, tmp_path, stop_after, monkeypatch):
+    """They lack the newer settings, and their losses are as long as the run, with NaN for the steps to come."""
+    stop_after(6)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(), tiny_data, tmp_path)
+    monkeypatch.undo()
+    state, path = load_state(tmp_path)
+    config = json.loads(state["config"])
+    del config["train"]["cooldown"], config["train"]["timestep_sampling"]
+    losses = torch.cat([state["losses"], torch.full((5,), float("nan"))])
+    save_state(tmp_path, state | {"config": json.dumps(config), "losses": losses}, [path])
+    path.unlink()
+    train(tiny_config(), tiny_data, tmp_path, resume=True)
     assert_same(contents(tmp_path), contents(finished))
 
 
@@ -287,16 +355,16 @@ def test_resume_with_other_settings_is_refused(finished, tiny_data, section, nam
 
 def test_minutes(tiny_data, tmp_path, monkeypatch, capsys):
     """20 steps of 2 s each are timed: 1 minute is 30 steps. An interrupted run has the same length."""
-    now, stop_at, train_step = [0.0], [], Run.train_step
+    now, stop_at, draw_batch = [0.0], [], training.draw_batch
 
-    def slow_step(self, *args):
+    def slow_step(data, config, step, diffusion):
         now[0] += 2.0
-        if self.step in stop_at:
+        if step in stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(self, *args)
+        return draw_batch(data, config, step, diffusion)
 
     monkeypatch.setattr(training, "time", type("Clock", (), {"monotonic": lambda: now[0]}))
-    monkeypatch.setattr(Run, "train_step", slow_step)
+    monkeypatch.setattr(training, "draw_batch", slow_step)
     train(tiny_config(steps=None), tiny_data, tmp_path / "whole", minutes=1)
     assert load_state(tmp_path / "whole")[0]["step"] == 30
     for step in (12, 25):  # before the length is known, and after
@@ -314,6 +382,22 @@ def test_minutes(tiny_data, tmp_path, monkeypatch, capsys):
     assert load_state(tmp_path / "short")[0]["step"] == 20
 
 
+def test_a_stop_is_heeded_within_a_sample_grid(tiny_data, tmp_path, monkeypatch):
+    trajectory = Diffusion.trajectory
+
+    def interrupted(self, *args, **options):
+        for i, x in enumerate(trajectory(self, *args, **options)):
+            assert i < 4, "the grid went on"
+            if i == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield x
+
+    monkeypatch.setattr(Diffusion, "trajectory", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 5"):
+        train(tiny_config(), tiny_data, tmp_path, sample_every=5)
+    assert not list(tmp_path.glob("samples*"))
+
+
 def test_an_average_that_never_begins_is_told(tiny_data, tmp_path, capsys):
     for steps, told in ((4, True), (6, False)):
         train(tiny_config(steps=steps, ema_start=5), tiny_data, tmp_path / f"{steps}")
@@ -326,39 +410,17 @@ def test_compile_without_a_compiler(tiny_data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile)
     with pytest.raises(UserError, match="leave --compile out"):
-        train(tiny_config(), tiny_data, tmp_path / "run", compile=True)
+        train(tiny_config(), tiny_data, tmp_path / "run", compiled=True)
 
 
 def test_sigterm_to_a_real_process(idx_folder, tmp_path):
-    """A process of its own, ended by SIGTERM in the middle of training, and resumed, against one that was left alone."""
-    flags = [
-        "--data",
-        idx_folder,
-        "--image-size",
-        8,
-        "--width",
-        8,
-        "--batch-size",
-        8,
-        "--timesteps",
-        10,
-        "--device",
-        "cpu",
-        "--sample-every",
-        0,
-        "--precision",
-        "float32",
-        "--ema-start",
-        5,
-        "--epochs",
-        500,
-    ]
-    flags = list(map(str, flags))
+    """A process of its own, ended by SIGTERM in the middle of training, and resumed, against one left alone."""
+    flags = "--image-size 8 --width 8 --batch-size 8 --timesteps 10 --device cpu --sample-every 0 --precision float32"
+    flags = ["--data", str(idx_folder), *flags.split(), "--ema-start", "5", "--epochs", "500"]
     command = [sys.executable, str(ROOT / "ddpm_unconditional.py"), "train", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: another number of threads adds in another order
-    process = subprocess.Popen(
-        [*command, "--out", tmp_path / "run"], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    command += ["--out", tmp_path / "run"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     for _ in range(3000):  # the state of step 0 says that it is about to train
         if list((tmp_path / "run").glob("state_*.pt")):
             break
@@ -378,7 +440,7 @@ def test_sigterm_to_a_real_process(idx_folder, tmp_path):
     assert_same(contents(tmp_path / "run"), contents(tmp_path / "alone"))
 
 
-# --- the same training in other ways -----------------------------------------------------------------------------------
+# --- the same training in other ways ---------------------------------------------------------------------------------
 
 
 def close_to(folder, reference, rtol=1e-4, atol=1e-5):
@@ -410,6 +472,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 torch.set_num_threads(1)
 from conftest import tiny_config, tiny_data
 import training
+from image_data import ImageData
 
 data = ImageData(**torch.load({data!r}))
 def config(): return tiny_config(optimizer="sgd", lr=0.05)
@@ -423,6 +486,21 @@ with training.locked(Path({out!r}) / "held") if training.is_main() else contextl
 """
 
 
+def run_two_processes(folder, program):
+    """torchrun's two processes of a program, finished."""
+    (folder / "worker.py").write_text(program)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        folder / "worker.py",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+
+
 def test_two_processes_are_one(tiny_data, tmp_path, stop_after, monkeypatch):
     """torchrun with two gloo processes, against one process with the same global batch: and going on, with
     accumulation, with what one process began."""
@@ -433,14 +511,8 @@ def test_two_processes_are_one(tiny_data, tmp_path, stop_after, monkeypatch):
         train(copy.deepcopy(config), tiny_data, tmp_path / "resumed")
     monkeypatch.undo()
     torch.save(vars(tiny_data), tmp_path / "data.pt")
-    worker = tmp_path / "worker.py"
-    worker.write_text(
-        WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), data=str(tmp_path / "data.pt"), out=str(tmp_path))
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200
-    )
+    names = {"data": str(tmp_path / "data.pt"), "out": str(tmp_path)}
+    done = run_two_processes(tmp_path, WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), **names))
     assert done.returncode == 0, done.stderr
     for name in ("two", "resumed"):
         close_to(tmp_path / name, tmp_path / "one")
@@ -454,19 +526,19 @@ import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from conftest import tiny_config
-import training, utils
+import image_data, training, utils
 
 def train(step):
     data = image_data.ImageData(**torch.load({data!r}, weights_only=False))
     if os.environ["RANK"] == "1":
         if step is None:
             raise utils.UserError("it broke")
-        work = training.Run.train_step
-        def train_step(self, *args):
-            if self.step == step:
+        draw_batch = training.draw_batch
+        def draw_or_fail(data, config, k, diffusion):
+            if k == step:
                 raise utils.UserError("it broke")
-            return work(self, *args)
-        training.Run.train_step = train_step
+            return draw_batch(data, config, k, diffusion)
+        training.draw_batch = draw_or_fail
     training.train(tiny_config(), data, {out!r}, device="cpu", sample_every=0)
 
 utils.command_line(lambda: train({step}))
@@ -477,24 +549,8 @@ utils.command_line(lambda: train({step}))
 def test_a_process_that_fails_alone(step, tiny_data, tmp_path):
     """Its message is all there is to read, and the others end, where they wait for it to begin or to go on."""
     torch.save(vars(tiny_data), tmp_path / "data.pt")
-    names = {
-        "root": str(ROOT),
-        "tests": str(ROOT / "tests"),
-        "data": str(tmp_path / "data.pt"),
-        "out": str(tmp_path / "run"),
-    }
-    (tmp_path / "worker.py").write_text(FAILING.format(step=step, **names))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        tmp_path / "worker.py",
-    ]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200
-    )
+    names = {"data": str(tmp_path / "data.pt"), "out": str(tmp_path / "run")}
+    done = run_two_processes(tmp_path, FAILING.format(root=str(ROOT), tests=str(ROOT / "tests"), step=step, **names))
     assert done.returncode != 0 and done.stderr.count("error: it broke") == 1
     assert "[rank0]: Traceback" not in done.stderr
     codes = dict(re.findall(r"rank +: (\d).*\n +exitcode +: (-?\d+)", done.stderr))
@@ -507,9 +563,13 @@ def test_one_variable_is_not_torchrun(monkeypatch):
         assert group == (0, 1) and training.is_main()
 
 
-def test_more_processes_than_gpus(monkeypatch, tiny_data, tmp_path):
+def as_second_of_two_processes(monkeypatch):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
+
+
+def test_more_processes_than_gpus(monkeypatch, tiny_data, tmp_path):
+    as_second_of_two_processes(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="more processes than GPUs: start 1 of them"):
@@ -518,8 +578,7 @@ def test_more_processes_than_gpus(monkeypatch, tiny_data, tmp_path):
 
 @pytest.mark.parametrize("device", ["mps", "cuda:0"])
 def test_several_processes_need_cpus_or_all_gpus(device, monkeypatch, tiny_data, tmp_path):
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
+    as_second_of_two_processes(monkeypatch)
     monkeypatch.setattr(training, "pick_device", lambda name: torch.device(name))
     with pytest.raises(UserError, match="need --device cpu, or --device cuda"):
         train(tiny_config(), tiny_data, tmp_path / "run", device=device)
@@ -538,140 +597,7 @@ def test_precision_is_picked_by_what_the_device_does():
     assert utils.pick_precision(torch.device("mps")) == "float32"
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------
-
-
-def test_each_kind_of_weights(finished):
-    path, raw = finished / "model.safetensors", load_state(finished)[0]["model"]
-    for kind in (None, "ema", "ema_0.5", "ema_0.9", "raw"):
-        model, diffusion, config = load_checkpoint(path, kind)
-        assert config["weights"] == {None: "ema_0.5", "ema": "ema_0.5"}.get(kind, kind)
-        assert not model.training and not any(p.requires_grad for p in model.parameters())
-        assert (diffusion.timesteps, diffusion.schedule) == (20, "cosine") and config["train"]["steps"] == 12
-        assert all(torch.equal(w, raw[n]) for n, w in model.state_dict().items()) == (kind == "raw")
-    weights = {kind: load_checkpoint(path, kind)[0].state_dict() for kind in (None, "ema", "ema_0.5")}
-    assert_same(weights[None], weights["ema_0.5"])  # the run's first average is the default
-    assert_same(weights["ema"], weights["ema_0.5"])
-    with pytest.raises(UserError, match="has no ema_0.7 weights, only ema_0.5, ema_0.9, raw"):
-        load_checkpoint(path, "ema_0.7")
-
-
-def test_half_precision_checkpoint(finished, tmp_path):
-    tensors, config = read_checkpoint(finished / "model.safetensors")
-    weights = select_weights(tensors, "ema_0.9", config)
-    save_checkpoint(tmp_path / "half.safetensors", {"ema": weights}, config, half=True)
-    assert all(w.dtype == torch.float16 for w in load_file(tmp_path / "half.safetensors").values())
-    model, _, _ = load_checkpoint(tmp_path / "half.safetensors")
-    for name, w in model.state_dict().items():
-        assert w.dtype == torch.float32
-        torch.testing.assert_close(w, weights[name], rtol=1e-3, atol=1e-4)
-    with pytest.raises(UserError, match="has no raw weights, only ema"):
-        load_checkpoint(tmp_path / "half.safetensors", "raw")
-
-
-class Evil:
-    """Unpickled, it would run a command."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("save", [torch.save, lambda x, path: Path(path).write_bytes(pickle.dumps(x))])
-def test_malicious_pickle_is_refused_and_not_run(tmp_path, tiny_data, save):
-    marker = tmp_path / "executed"
-    save({"outc.weight": Evil(marker)}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="evil.pt is not a state dict of the course's networks, or it is damaged"):
-        load_checkpoint(tmp_path / "evil.pt")
-    # nor as a run's state, under the name that its checksum asks for
-    data = (tmp_path / "evil.pt").read_bytes()
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / f"state_00000005_{hashlib.sha256(data).hexdigest()[:16]}.pt").write_bytes(data)
-    train(tiny_config(steps=1), tiny_data, run, resume=True)
-    assert not marker.exists()
-    pickle.loads(pickle.dumps(Evil(marker)))  # the test's own pickle does work
-    assert marker.exists()
-
-
-def test_mismatch_names_the_first_tensor(finished, tmp_path):
-    tensors, config = read_checkpoint(finished / "model.safetensors")
-    weights = select_weights(tensors, "raw", config)
-    other = copy.deepcopy(config)
-    other["model"]["width"] = 12
-    save_checkpoint(tmp_path / "wide.safetensors", {"raw": weights}, other)
-    with pytest.raises(UserError, match=r"time_mlp.0.weight is \(32, 8\) in the file, \(48, 12\) in the network"):
-        load_checkpoint(tmp_path / "wide.safetensors")
-    other = copy.deepcopy(config)
-    other["model"]["num_classes"] = 3
-    save_checkpoint(tmp_path / "classes.safetensors", {"raw": weights}, other)
-    with pytest.raises(UserError, match=r"label_emb.weight is \(2, 32\) in the file, \(3, 32\) in the network"):
-        load_checkpoint(tmp_path / "classes.safetensors")
-    missing = {name: w for name, w in weights.items() if name != "stem.bias"}
-    save_checkpoint(tmp_path / "missing.safetensors", {"raw": missing}, config)
-    with pytest.raises(UserError, match=r"stem.bias is nothing in the file, \(8,\) in the network"):
-        load_checkpoint(tmp_path / "missing.safetensors")
-    save_checkpoint(tmp_path / "more.safetensors", {"raw": weights | {"extra": torch.zeros(2)}}, config)
-    with pytest.raises(UserError, match=r"extra is \(2,\) in the file, nothing in the network"):
-        load_checkpoint(tmp_path / "more.safetensors")
-    course = {f"conv.{i}": torch.zeros(2) for i in range(3)} | {"outc.weight": torch.zeros(3, 64, 1, 1)}
-    torch.save(course, tmp_path / "course.pt")
-    with pytest.raises(UserError, match="inc.double_conv.0.weight is nothing in the file"):
-        load_checkpoint(tmp_path / "course.pt")
-
-
-@pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "folder"])
-def test_damaged_checkpoints(finished, tmp_path, name, damage):
-    whole = (finished / "model.safetensors").read_bytes()
-    if name.endswith(".pt"):
-        torch.save({"outc.weight": torch.zeros(3, 8, 1, 1)}, tmp_path / "whole.pt")
-        whole = (tmp_path / "whole.pt").read_bytes()
-    path = tmp_path / name
-    if damage == "folder":
-        path.mkdir()
-    elif damage != "missing":
-        path.write_bytes({"empty": b"", "text": b"hello\n", "truncated": whole[: len(whole) // 2]}[damage])
-    with pytest.raises(UserError, match="no checkpoint at|not a checkpoint of|not a state dict"):
-        load_checkpoint(path)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda c: c.clear(),
-        lambda c: c.update(model=3),
-        lambda c: c["model"].update(name="os.system"),
-        lambda c: c["model"].update(width=-1),
-        lambda c: c["model"].update(mults=[]),
-        lambda c: c["model"].update(colour=1),
-        lambda c: c["diffusion"].update(schedule="steep"),
-        lambda c: c["diffusion"].update(timesteps=0),
-        lambda c: c["diffusion"].update(timesteps="many"),
-        lambda c: c.pop("diffusion"),
-        lambda c: c.pop("train"),
-        lambda c: c["data"].update(image_size=9),
-        lambda c: c["data"].update(image_size="8"),
-        lambda c: c["data"].clear(),
-        lambda c: c["train"].update(ema_betas=["x"]),
-    ],
-)
-def test_checkpoints_with_a_strange_configuration(finished, tmp_path, change):
-    tensors, config = read_checkpoint(finished / "model.safetensors")
-    change(config)
-    save_file(tensors, tmp_path / "x.safetensors", {"config": json.dumps(config)})
-    with pytest.raises(UserError):
-        load_checkpoint(tmp_path / "x.safetensors")
-
-
-@pytest.mark.parametrize("metadata", [None, {"config": "not json"}, {"config": "[]"}, {"config": "[" * 100_000}])
-def test_checkpoints_without_a_configuration(tmp_path, metadata):
-    save_file({"raw/x": torch.zeros(1)}, tmp_path / "x.safetensors", metadata)
-    with pytest.raises(UserError, match="is not a checkpoint of this project, or it is damaged"):
-        load_checkpoint(tmp_path / "x.safetensors")
+# --- bad configurations ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -694,7 +620,7 @@ def test_bad_configurations_leave_no_run(tiny_data, tmp_path, section, name, val
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
-# --- faults ------------------------------------------------------------------------------------------------------------
+# --- faults ----------------------------------------------------------------------------------------------------------
 
 
 def interrupted_run(tiny_data, folder, stop_after, monkeypatch, steps=(3, 6)):
@@ -765,13 +691,24 @@ def test_all_states_damaged(finished, tiny_data, tmp_path, stop_after, monkeypat
 
 
 def test_a_second_process_is_refused(tiny_data, tmp_path):
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from filelock import FileLock; "
+    script += f"FileLock({str(tmp_path / '.lock')!r}, blocking=False).acquire()"  # as the program, without its imports
     with locked(tmp_path):
         with pytest.raises(Held, match="another process is training in"):
             train(tiny_config(), tiny_data, tmp_path, resume=True)
-        script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fcntl; f = open({str(tmp_path / '.lock')!r}); "
-        script += "fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)"  # what the program does, without its slow imports
-        assert b"BlockingIOError" in subprocess.run([sys.executable, "-c", script], capture_output=True).stderr
+        assert b"Timeout" in subprocess.run([sys.executable, "-c", script], capture_output=True).stderr
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
     train(tiny_config(steps=1), tiny_data, tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError(code, "no") for code in training.NO_LOCKS] + [NotImplementedError()])
+def test_a_file_system_without_locks(tiny_data, tmp_path, monkeypatch, capsys, error):
+    def acquire(lock):
+        raise error
+
+    monkeypatch.setattr(training.FileLock, "acquire", acquire)
+    train(tiny_config(steps=1), tiny_data, tmp_path / "run")
+    assert "without locks" in capsys.readouterr().err and (tmp_path / "run/model.safetensors").exists()
 
 
 def test_nan_loss_stops_the_run(tiny_data, tmp_path):
@@ -784,14 +721,14 @@ def test_nan_loss_stops_the_run(tiny_data, tmp_path):
 
 def test_nan_weights_are_not_saved(tiny_data, tmp_path, monkeypatch):
     """The last step's loss is still finite, its update is not."""
-    train_step = Run.train_step
+    plain_steps = training.steps
 
-    def diverge(self, *args):
-        loss = train_step(self, *args)
-        nn.init.constant_(next(self.model.parameters()), float("inf"))
-        return loss
+    def diverge(run):
+        for loss in plain_steps(run):
+            nn.init.constant_(next(run.model.parameters()), float("inf"))
+            yield loss
 
-    monkeypatch.setattr(Run, "train_step", diverge)
+    monkeypatch.setattr(training, "steps", diverge)
     with pytest.raises(UserError, match="not finite at step 1 .*last good state is step 0"):
         train(tiny_config(steps=1), tiny_data, tmp_path)
     assert load_state(tmp_path)[0]["step"] == 0 and not (tmp_path / "model.safetensors").exists()
@@ -809,7 +746,7 @@ def test_out_of_memory_says_which_batch_size_to_try(tiny_data, tmp_path, monkeyp
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(Run, "train_step", fail)
+    monkeypatch.setattr(training, "draw_batch", fail)
     with pytest.raises(UserError, match="out of memory: try --batch-size 4, .*--accumulate 2"):
         train(tiny_config(), tiny_data, tmp_path)
 
@@ -883,14 +820,12 @@ def test_files_of_others_in_the_run_folder_stay(tmp_path):
     for name in others:
         (tmp_path / name).write_text("mine")
     (tmp_path / ".config-0123abcd.json").write_text("half written")
-    left = sorted(p.name for half in training.HALF_WRITTEN for p in tmp_path.glob(half))
+    left = sorted(p.name for half in training.RunFolder.HALF_WRITTEN for p in tmp_path.glob(half))
     assert left == [".config-0123abcd.json"]
-    first = training.save_state(tmp_path, {"step": 1})
-    (second,) = training.save_state(tmp_path, {"step": 2}, first)[-1:]
-    training.save_state(tmp_path, {"step": 3}, [second])
+    first = save_state(tmp_path, {"step": 1})
+    (second,) = save_state(tmp_path, {"step": 2}, first)[-1:]
+    save_state(tmp_path, {"step": 3}, [second])
     assert sorted(p.name for p in tmp_path.glob("state_*")) == sorted(
-        [p.name for p in tmp_path.glob(training.STATES)] + ["state_1.pt", "state_dict.pt"]
+        [p.name for p in tmp_path.glob(STATES)] + ["state_1.pt", "state_dict.pt"]
     )
-    assert len(list(tmp_path.glob(training.STATES))) == 2 and all(
-        (tmp_path / name).read_text() == "mine" for name in others
-    )
+    assert len(list(tmp_path.glob(STATES))) == 2 and all((tmp_path / name).read_text() == "mine" for name in others)

@@ -4,8 +4,8 @@
 
 The disk is a small tmpfs where this process may mount one (root on Linux); elsewhere the system is told to refuse files
 beyond a size, which ends a write in the middle just as well. At each of many levels of free space the command must end
-with one clear line, the old files must be whole and nothing half-written may be left; with space again, the run goes on and
-ends, bit for bit, like one that had space all the time.
+with one clear line, the old files must be whole and nothing half-written may be left; with space again, the run goes on
+and ends, bit for bit, like one that had space all the time.
 """
 
 import contextlib
@@ -68,8 +68,8 @@ class Disk:
         self.ballast.unlink(missing_ok=True)
 
 
-def run(work):
-    """None if `work` succeeds; else the one line that it ends with. Anything but exit status 2 and one line is an error."""
+def ending(work):
+    """None if `work` succeeds; else the line it ends with. Anything but exit status 2 and one line is an error."""
     err = io.StringIO()
     sys.argv = ["work"]
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
@@ -98,7 +98,7 @@ def fill_under_training(disk, reference_bits, state_size):
             train_saving_often(2, folder)
         before = newest_step(folder)
         disk.leave(int(state_size * level / 5) if disk.mounted else int(state_size * level / 17))
-        stopped = run(lambda folder=folder: train_saving_often(STEPS, folder))
+        stopped = ending(lambda folder=folder: train_saving_often(STEPS, folder))
         faults += stopped is not None
         whole = not unreadable(folder) and newest_step(folder) >= before
         clean = not list(folder.glob(".*-*.*"))
@@ -113,32 +113,11 @@ def fill_under_commands(disk, checkpoint, archive):
     """sample, publish and unpack: the output is the old one or nothing, never a part."""
 
     def sample(suffix):
-        flags = [
-            "--checkpoint",
-            checkpoint,
-            "--n",
-            "200",
-            "--steps",
-            "2",
-            "--device",
-            "cpu",
-            "--out",
-            disk.folder / f"x.{suffix}",
-        ]
-        return lambda: ddpm.main(["sample", *map(str, flags)])
+        line = f"sample --n 200 --steps 2 --device cpu --checkpoint {checkpoint} --out {disk.folder}/x.{suffix}"
+        return lambda: ddpm.main(line.split())
 
     def publish():
-        ddpm.main(
-            [
-                "publish",
-                "--run",
-                str(checkpoint.parent),
-                "--weights",
-                "raw",
-                "--out",
-                str(disk.folder / "x.safetensors"),
-            ]
-        )
+        ddpm.main(f"publish --run {checkpoint.parent} --weights raw --out {disk.folder}/x.safetensors".split())
 
     utils.ROOT = image_data.ROOT = disk.folder
     works = {
@@ -156,13 +135,13 @@ def fill_under_commands(disk, checkpoint, archive):
             before = files(disk.folder)
             for size in (0, 1000, 4096):
                 disk.leave(size)
-                stopped = run(work)
+                stopped = ending(work)
                 faults += stopped is not None
                 survived += stopped is not None and files(disk.folder) == before
                 disk.free()
                 for path in set(files(disk.folder)) - set(before):
                     path.unlink()
-        assert run(work) is None, name  # with space, it works
+        assert ending(work) is None, name  # with space, it works
         for entry in disk.folder.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return faults, survived

@@ -2,10 +2,10 @@
 
     python tests/stress/kill.py [--kills 100] [--seed 0]
 
-Half of the kills come from outside at a random instant. The other half are aimed: the process kills itself before, in the
-middle of, or after one of the file operations of which saving consists. After each kill every file of the run folder must
-be whole and no saved step may be lost; the run is then resumed. Every run that reaches its end must have, bit for bit, the
-weights, averages, optimizer and losses of a run that nobody killed.
+Half of the kills come from outside at a random instant. The other half are aimed: the process kills itself before, in
+the middle of, or after one of the file operations of which saving consists. After each kill every file of the run's
+folder must be whole and no saved step may be lost; the run is then resumed. Every run that reaches its end must have,
+bit for bit, the weights, averages, optimizer and losses of a run that nobody killed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ STEPS = 25
 
 
 def start(folder, fault=None):
-    """Fork a process that trains; `fault` is called in it first. (Importing PyTorch anew each time would take longer.)"""
+    """Fork a process that trains; `fault` is called in it first. (Importing PyTorch anew each time takes longer.)"""
     pid = os.fork()
     if pid == 0:
         try:
@@ -40,8 +40,8 @@ def start(folder, fault=None):
     return pid
 
 
-def kill_at_operation(number, where):
-    """Arrange that this process kills itself at its number-th file operation: before, in the middle or after it."""
+def kill_at_operation(nth, where):
+    """Arrange that this process kills itself at its nth file operation: before, in the middle or after it."""
     count = [0]
 
     def die():
@@ -50,14 +50,14 @@ def kill_at_operation(number, where):
     def aimed(operation, half=None):
         def run(*args, **kwargs):
             count[0] += 1
-            if count[0] == number:
+            if count[0] == nth:
                 if where == "before":
                     die()
                 if where == "middle" and half:
                     half(*args)
                     die()
             result = operation(*args, **kwargs)
-            if count[0] == number:
+            if count[0] == nth:
                 die()
             return result
 
@@ -96,8 +96,8 @@ def main():
             if sum(kills.values()) >= args.kills:
                 pid = start(folder)  # enough: let the last run reach its end
             elif aimed:
-                number, where = rng.randint(1, 40), rng.choice(["before", "middle", "after"])
-                pid = start(folder, lambda n=number, w=where: kill_at_operation(n, w))
+                nth, where = rng.randint(1, 40), rng.choice(["before", "middle", "after"])
+                pid = start(folder, lambda n=nth, w=where: kill_at_operation(n, w))
             else:
                 pid = start(folder)
                 time.sleep(rng.random() * duration)

@@ -1,0 +1,818 @@
+"""image_data.py: data sets of every kind, which files count, their pixels, augmentation."""
+
+import gzip
+import io
+import pickle
+import socket
+import struct
+import sys
+import types
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import Malicious, class_folder, move_fashion_mnist, mutations, picture, write_cifar_batches, write_idx
+from hypothesis import given
+from PIL import Image
+from torchvision.transforms import v2
+
+import image_data
+import utils
+from image_data import augment, load_data
+from utils import UserError, generator
+
+# --- Fashion-MNIST ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_the_sample(tmp_path, monkeypatch):
+    """No full Fashion-MNIST anywhere, and no network."""
+
+    def refuse(*_, **__):
+        raise AssertionError("load_data must not use the network")
+
+    move_fashion_mnist(monkeypatch, tmp_path / "nowhere")
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_the_shipped_sample(only_the_sample, capsys, monkeypatch, tmp_path):
+    sample = utils.ROOT / "data/fashion_mnist_sample"
+    assert sum(file.stat().st_size for file in sample.iterdir()) < 2_000_000
+    monkeypatch.setattr(image_data, "ROOT", tmp_path)  # without data/fashion_mnist
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/fashion_mnist_sample").symlink_to(sample)
+    train, test = load_data("fashion_mnist"), load_data("fashion_mnist", "test")
+    assert len(train) >= 2000 and len(test) >= 1000
+    assert train.images.shape[1:] == (1, 28, 28) and train.images.dtype == torch.uint8
+    assert torch.bincount(train.labels, minlength=10).min() > 150
+    assert train.labels[:5].tolist() == [9, 0, 0, 3, 0]  # the known beginning of Fashion-MNIST
+    assert 60 < train.images.float().mean() < 85 and not train.flip and train.image_size == 28
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "sample stands in" in err and "download_datasets.py fashion_mnist" in err
+
+
+def test_full_data_is_looked_up_in_order(tmp_path, monkeypatch, idx_folder, capsys):
+    monkeypatch.setattr(image_data, "ROOT", tmp_path)
+    move_fashion_mnist(monkeypatch, tmp_path / "debian")
+    with pytest.raises(UserError, match="download_datasets.py fashion_mnist"):
+        load_data("fashion_mnist")
+    (tmp_path / "debian").symlink_to(idx_folder)
+    assert len(load_data("fashion_mnist")) == 64
+    own = tmp_path / "data/fashion_mnist"
+    own.mkdir(parents=True)
+    for prefix, count in (("train", 20), ("t10k", 10)):
+        write_idx(own / f"{prefix}-images-idx3-ubyte", np.zeros((count, 28, 28)))
+        (own / f"{prefix}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress((own / f"{prefix}-images-idx3-ubyte").read_bytes())
+        )
+        (own / f"{prefix}-images-idx3-ubyte").unlink()
+        write_idx(own / f"{prefix}-labels-idx1-ubyte", np.arange(count) % 10)
+    assert len(load_data("fashion_mnist")) == 20 and len(load_data("fashion_mnist", "test")) == 10
+    assert capsys.readouterr().err == ""
+
+
+def test_sizes_of_fashion_mnist(idx_folder):
+    plain = load_data(idx_folder).images
+    padded = load_data(idx_folder, image_size=32)
+    assert padded.image_size == 32 and torch.equal(padded.images[:, :, 2:30, 2:30], plain)
+    assert padded.images[:, :, :2].max() == 0
+    assert load_data(idx_folder, image_size=16).images.shape == (64, 1, 16, 16)
+    with pytest.raises(UserError, match="image size"):
+        load_data(idx_folder, image_size=0)
+    with pytest.raises(UserError, match="split"):
+        load_data(idx_folder, "validation")
+
+
+def test_other_data_in_mnist_files_has_no_clothes(idx_folder):
+    assert load_data(idx_folder).classes == [str(digit) for digit in range(10)]
+
+
+@pytest.fixture
+def idx_copy(tmp_path, idx_folder):
+    for file in idx_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "stem, damage",
+    [
+        ("train-images-idx3-ubyte", lambda content: content[:-1]),
+        ("train-images-idx3-ubyte", lambda content: content[:7]),
+        ("train-images-idx3-ubyte", lambda content: b""),
+        ("train-images-idx3-ubyte", lambda content: b"\0\0\x0d\x03" + content[4:]),
+        ("train-images-idx3-ubyte", lambda content: content + b"\0"),
+        ("train-images-idx3-ubyte", lambda content: content[:8] + b"\0\0\0\x0e\0\0\0\x38" + content[16:]),  # 14 x 56
+        ("train-labels-idx1-ubyte", lambda content: content[:-1] + b"\x0a"),
+        ("train-labels-idx1-ubyte", lambda content: b"\0\0\x08\x01\0\0\0\x02\0\0"),
+        ("train-labels-idx1-ubyte", None),
+        ("train-images-idx3-ubyte", None),
+    ],
+)
+def test_damaged_idx_files_are_named(idx_copy, stem, damage):
+    path = idx_copy / stem
+    content = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(damage(content))
+    with pytest.raises(UserError, match=stem):
+        load_data(idx_copy)
+    assert len(load_data(idx_copy, "test")) == 16
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-20],
+        lambda content: b"not gzip",
+        lambda content: b"",
+        lambda content: content[:100] + b"\xff" * 50 + content[150:],
+    ],
+)
+def test_damaged_gzip_is_named(idx_copy, damage):
+    path = idx_copy / "train-images-idx3-ubyte"
+    (idx_copy / f"{path.name}.gz").write_bytes(damage(gzip.compress(path.read_bytes())))
+    path.unlink()
+    with pytest.raises(UserError, match=path.name):
+        load_data(idx_copy)
+
+
+VALID_IDX = gzip.compress(bytes((0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28)) + bytes(range(196)) * 8)
+
+
+@given(mutations(VALID_IDX))
+def test_fuzzed_idx_files_load_or_are_refused(fuzz_folder, content):
+    (fuzz_folder / "train-images-idx3-ubyte.gz").write_bytes(content)
+    write_idx(fuzz_folder / "train-labels-idx1-ubyte", np.zeros(2))
+    try:
+        assert load_data(fuzz_folder).images.shape == (2, 1, 28, 28)
+    except UserError as error:
+        assert "train-" in str(error)
+
+
+def test_parquet(tmp_path, capsys):
+    import datasets
+
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(UserError, match="train.parquet"):
+        load_data(tmp_path)
+    with pytest.raises(UserError, match="test.*parquet is missing"):
+        load_data(tmp_path, "test")
+    datasets.Dataset.from_dict({"text": ["no image"]}).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(UserError, match="test.parquet"):
+        load_data(tmp_path, "test")
+    rows = {"image": [Image.new("L", (28, 28), i) for i in range(3)], "label": [0, 9, 4]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    data = load_data(tmp_path)
+    assert data.images[:, 0, 0, 0].tolist() == [0, 1, 2] and data.labels.tolist() == [0, 9, 4]
+
+
+# --- folders of images --------------------------------------------------------------------------------------------
+
+
+def test_class_folders_with_splits(tmp_path):
+    class_folder(tmp_path / "train", {"zebra": 3, "ant": 4})
+    class_folder(tmp_path / "test", {"ant": 1, "zebra": 2})
+    pixels = picture(tmp_path / "train/zebra/002.png", seed=77)
+    (tmp_path / "train/ant/.DS_Store").write_text("hidden")
+    data = load_data(tmp_path)
+    assert data.classes == ["ant", "zebra"] and data.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert (data.name, data.image_size, data.flip, data.crop) == (tmp_path.name, 32, True, False)
+    assert np.array_equal(data.images[-1].permute(1, 2, 0), pixels)
+    test = load_data(tmp_path, "test")
+    assert len(test) == 3 and not test.flip and not test.crop
+
+
+def test_splits_with_other_classes_are_refused(tmp_path):
+    """Labels are numbers: a test split that lacks a class would give the next ones other numbers."""
+    class_folder(tmp_path / "train", {"cats": 2, "dogs": 2})
+    class_folder(tmp_path / "test", {"dogs": 2})
+    for split in ("train", "test"):
+        assert load_data(tmp_path, split, 8).classes == []  # where they are not used, the images count
+        with pytest.raises(UserError, match="has the classes dogs, .* has cats, dogs"):
+            load_data(tmp_path, split, 8, labels=True)
+
+
+def test_a_tenth_is_held_out_where_there_is_no_test_folder(tmp_path):
+    class_folder(tmp_path, {"a": 25, "b": 15}, size=(8, 8))
+    train, test = (load_data(tmp_path, split) for split in ("train", "test"))
+    assert len(train) == 36 and len(test) == 4
+    assert torch.equal(test.images, load_data(tmp_path, "test").images)
+    seen = {image.numpy().tobytes() for image in train.images}
+    assert len(seen) == 36 and not seen & {image.numpy().tobytes() for image in test.images}
+    few = class_folder(tmp_path / "few", {"a": 5})
+    assert len(load_data(few)) == 5
+    with pytest.raises(UserError, match="too few"):
+        load_data(few, "test")
+
+
+def test_a_flat_folder_has_no_labels(tmp_path, monkeypatch):
+    for i in range(4):
+        picture(tmp_path / f"{i}.jpg", (100, 90), i)
+    monkeypatch.chdir(tmp_path)
+    data = load_data(".")
+    assert data.labels is None and data.classes == [] and data.name == tmp_path.name
+    assert data.images.shape == (4, 3, 80, 80) and data.image_size == 64 and data.crop
+
+
+def test_only_large_photographs_are_cropped(tmp_path):
+    class_folder(tmp_path, {"a": 20}, size=(50, 40))
+    assert load_data(tmp_path).images.shape[2:] == (40, 40)
+    data = load_data(tmp_path, image_size=32)
+    assert data.crop and data.images.shape[2:] == (40, 40)
+    assert not load_data(tmp_path, image_size=36).crop
+    assert load_data(tmp_path, "test", image_size=32).images.shape[2:] == (32, 32)
+
+
+def test_damaged_files_are_named_counted_and_left_out(tmp_path):
+    class_folder(tmp_path, {"a": 3, "b": 3})
+    content = (tmp_path / "a/001.png").read_bytes()
+    (tmp_path / "a/001.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "b/notes.txt").write_text("not an image")
+    for _ in range(2):  # decoded, then from the cache
+        data = load_data(tmp_path, labels=True)
+        assert data.labels.tolist() == [0, 0, 1, 1, 1]
+        assert data.left_out == {"not an image": ["b/notes.txt"], "cut off": ["a/001.png"]}
+    for i in range(3):
+        (tmp_path / f"a/{i:03}.png").write_text("no")
+    with pytest.raises(UserError, match="no readable image of the class a"):
+        load_data(tmp_path, labels=True)
+    assert len(load_data(tmp_path)) == 3
+
+
+def test_folders_without_images_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no image"):
+        load_data(tmp_path)
+    (tmp_path / "readme.txt").write_text("")
+    with pytest.raises(UserError, match="no image"):
+        load_data(tmp_path)
+    (tmp_path / "x.png").write_text("")
+    with pytest.raises(UserError, match="no readable image: 1 empty, such as x.png"):
+        load_data(tmp_path)
+    (tmp_path / "x.png").unlink()
+    class_folder(tmp_path, {"a": 2})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        load_data(tmp_path, labels=True)
+    assert load_data(tmp_path).classes == ["a"]
+    with pytest.raises(UserError, match="fashion_mnist, cifar10, cifar10-64, landscapes"):
+        load_data(tmp_path / "not there")
+
+
+# --- which files count --------------------------------------------------------------------------------------------
+
+
+def make(root, files):
+    """Small coloured pictures and other files at the paths that a text names: `train/cat x 3, notes.txt`."""
+    for entry in files.split(", "):
+        name, _, count = entry.partition(" x ")
+        for i in range(int(count or 1)):
+            path = root / f"{name}/{i:02}.png" if count else root / name
+            if path.suffix in (".png", ".jpg", ".JPG", ""):
+                picture(path, (12, 12), seed=zlib.crc32(str(path.relative_to(root)).encode()), format="PNG")
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("not a picture")
+    return root
+
+
+@pytest.mark.parametrize(
+    "files, train, test, classes, left_out",
+    [
+        ("cat x 10, dog x 20", 27, 3, "cat dog", {}),
+        ("Training/cat x 3, Training/dog x 2, Testing/cat x 1, Testing/dog x 1", 5, 2, "cat dog", {}),
+        ("TRAIN/b x 2, TRAIN/a x 2, VALID/a x 1, VALID/b x 2", 4, 3, "a b", {}),
+        ("seg_train/seg_train/sea x 3, seg_test/seg_test/sea x 2, seg_pred/seg_pred x 4", 3, 2, "sea", {"neither": 4}),
+        ("train2017 x 4, val2017 x 2", 4, 2, "", {}),
+        ("train_set/a x 2, test-images/a x 1", 2, 1, "a", {}),
+        ("train/a x 4, test/a x 3, val/a x 2", 4, 3, "a", {"neither": 2}),
+        ("train/a x 4, validation/a x 2, readme.md", 4, 2, "a", {}),
+        ("data/set/PetImages/Cat x 10, data/set/PetImages/Dog x 10, data/readme[1].txt", 18, 2, "Cat Dog", {}),
+        ("photos/train/train/a x 4, photos/test/test/a x 2", 4, 2, "a", {}),
+        ("images/train x 4, images/val x 2, labels/train/a.txt, labels/val/b.txt", 4, 2, "", {}),
+        ("train x 10, bus x 10", 18, 2, "bus train", {}),  # vehicles
+        ("train/train x 3, train/bus x 3, test/train x 1, test/bus x 1", 6, 2, "bus train", {}),
+        ("training x 10, reading x 10, test x 10", None, "rename training/", "", {}),
+        ("train/1 x 10, train/2 x 10, bus x 10", None, "classes bus, train", "", {}),
+        ("train x 3, Train x 3", None, "read in two ways", "", {}),
+        ("test x 10, control x 10", 18, 2, "control test", {}),
+        ("trainers x 10, boots x 10", 18, 2, "boots trainers", {}),
+        ("train/a x 20", 18, 2, "a", {}),
+        ("train x 20", 18, 2, "", {}),
+        ("0 x 2, 1 x 2, 2 x 2, 10 x 2, 11 x 2", 9, 1, "0 1 2 10 11", {}),
+        ("class_9 x 5, class_10 x 5", 9, 1, "class_9 class_10", {}),
+        ("a.png, b.png, c.JPG, edited x 7, edited/raw x 10", 18, 2, "", {}),  # an album beside
+        ("photos x 10, run/state_00000005_0123456789abcdef.pt, run/samples.png", 9, 1, "photos", {}),
+        ("photos x 10, runs/a/model.safetensors, runs/a/samples.png", 9, 1, "photos", {}),
+        ("a x 10, Thumbs.db, a/desktop.ini, a/clip.mpg", 9, 1, "a", {"not an image": 3}),
+        ("a x 9, a/no_suffix", 9, 1, "a", {}),
+        ("a x 10, @eaDir/a x 3, __MACOSX/a x 3, .hidden x 2", 9, 1, "a", {}),
+    ],
+)
+def test_layouts(files, train, test, classes, left_out, tmp_path):
+    """Numbers of images and classes as a person would count them, without asking for labels."""
+    make(tmp_path / "x", files)
+    if train is None:
+        with pytest.raises(UserError, match=test):
+            load_data(tmp_path / "x")
+        return
+    splits = [load_data(tmp_path / "x", split) for split in ("train", "test")]
+    assert [len(data) for data in splits] == [train, test]
+    assert splits[0].classes == splits[1].classes == classes.split()
+    assert (splits[0].labels is None) == (not classes)
+    assert {reason: len(names) for reason, names in splits[0].left_out.items() if "not an" in reason} == {
+        reason: count for reason, count in left_out.items() if "not an" in reason
+    } or "readme" in files
+    if "neither" in left_out:
+        (names,) = [names for reason, names in splits[0].left_out.items() if "neither" in reason]
+        assert len(names) == left_out["neither"]
+
+
+def test_numbered_classes_keep_their_images(tmp_path):
+    make(tmp_path, "2 x 3, 10 x 3, 1 x 3")
+    data = load_data(tmp_path, labels=True)
+    assert data.classes == ["1", "2", "10"]
+    for label, name in enumerate(data.classes):
+        expected = {np.asarray(Image.open(file)).tobytes() for file in (tmp_path / name).iterdir()}
+        images = data.images[data.labels == label].permute(0, 2, 3, 1)
+        assert len(images) and {image.numpy().tobytes() for image in images} <= expected
+
+
+def test_where_labels_are_needed_other_images_are_left_out_or_refused(tmp_path):
+    make(tmp_path / "few", "cat x 10, dog x 10, cover.png, back.png")
+    assert len(load_data(tmp_path / "few")) == 20 and load_data(tmp_path / "few").labels is None
+    data = load_data(tmp_path / "few", labels=True)
+    assert len(data) == 18 and data.left_out == {"beside the class folders": ["back.png", "cover.png"]}
+    make(tmp_path / "album", ", ".join(f"{i}.png" for i in range(9)) + ", edited x 3")
+    with pytest.raises(UserError, match="9 images of no class beside 3 in the class folders edited"):
+        load_data(tmp_path / "album", labels=True)
+    make(tmp_path / "flat", "a.png, b.png")
+    with pytest.raises(UserError, match="has no labels, .* use class folders"):
+        load_data(tmp_path / "flat", labels=True)
+
+
+def test_a_test_folder_without_classes(tmp_path, capsys):
+    """As of competitions: it serves where no labels are used."""
+    make(tmp_path, "train/cat x 10, train/dog x 10, test x 7")
+    assert [len(load_data(tmp_path, split)) for split in ("train", "test")] == [20, 7]
+    assert [len(load_data(tmp_path, split, labels=True)) for split in ("train", "test")] == [18, 2]
+    assert "test has no class folders: a tenth" in capsys.readouterr().err
+
+
+def test_what_is_held_out_is_said(tmp_path, capsys):
+    make(tmp_path, "train/a x 3, Valid/a x 2")
+    load_data(tmp_path)
+    assert "Valid/ is held out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "sides, size, crop",
+    [
+        ([20] + [150] * 11, 64, True),  # an icon comes first
+        ([150] + [48] * 11, 48, False),  # a large one comes first
+        ([60] * 12, 60, False),
+        ([30, 31] + [90] * 10, 64, True),
+        ([40] * 6 + [200] * 6, 40, False),
+    ],
+)
+def test_the_size_is_judged_from_all_files(sides, size, crop, tmp_path, capsys):
+    for i, side in enumerate(sides):
+        picture(tmp_path / f"{i:02}.png", (side, side + 5), i)
+    train, test = (load_data(tmp_path, split) for split in ("train", "test"))
+    assert train.image_size == test.image_size == size and train.crop == crop
+    small = [side for side in sides if side < size]
+    assert (f"{len(small)} of 12 images are smaller than {size}" in capsys.readouterr().err) == bool(small)
+
+
+def test_the_data_line(tmp_path):
+    class_folder(tmp_path, {"bicycle": 30, "bus": 30, "train": 30}, (64, 64))
+    for name, content in (("Thumbs.db", b"x"), ("bus/BAD.jpg", b"\xff\xd8\xff"), ("bus/NONE.jpg", b"")):
+        (tmp_path / name).write_bytes(content)
+    train, test = (load_data(tmp_path, split, labels=True) for split in ("train", "test"))
+    line, left_out = image_data.describe(train, test, labels=True).split("\n")
+    assert line == "data: 81 images for training, 9 held out; 64 x 64 RGB; 3 classes: bicycle, bus, train"
+    assert left_out.startswith("left out: 1 not an image, such as Thumbs.db; ")
+    assert "1 empty, such as bus/NONE.jpg" in left_out and "such as bus/BAD.jpg" in left_out
+    assert image_data.describe(train, None, labels=False).startswith(
+        "data: 81 images for training, 0 held out; 64 x 64 RGB\n"
+    )
+    many = make_data(torch.zeros(60_000, 1, 1, 1, dtype=torch.uint8))
+    assert image_data.describe(many, None, False) == "data: 60,000 images for training, 0 held out; 1 x 1 grey"
+
+
+# --- grey ---------------------------------------------------------------------------------------------------------
+
+
+def test_grey_folders_have_one_channel(tmp_path, idx_folder, capsys):
+    """Fashion-MNIST as PNG files is what it is as IDX files."""
+    expected = load_data(idx_folder)
+    for split in ("train", "test"):
+        data = load_data(idx_folder, split)
+        for i, (image, label) in enumerate(zip(data.images, data.labels)):
+            path = tmp_path / split / str(int(label)) / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(image[0].numpy())
+            picture.convert(["L", "RGB", "P", "LA"][i % 4]).save(path)
+    data = load_data(tmp_path, labels=True)
+    order = torch.sort(expected.labels, stable=True).indices
+    assert torch.equal(data.images, expected.images[order]) and torch.equal(data.labels, expected.labels[order])
+    assert not data.flip and data.image_size == 28 and "all images are grey" in capsys.readouterr().err
+    assert torch.equal(load_data(tmp_path, channels=3).images, data.images.expand(-1, 3, -1, -1))
+    assert torch.equal(load_data(idx_folder, channels=3).images, expected.images.expand(-1, 3, -1, -1))
+    Image.new("RGB", (28, 28), (200, 100, 50)).save(tmp_path / "test/0/colour.png")
+    for split in ("train", "test"):  # both have the same, whichever split the colour is in
+        assert load_data(tmp_path, split).images.shape[1] == 3
+    grey = load_data(tmp_path, "test", channels=1)
+    assert grey.images.shape[1] == 1 and grey.images[(grey.images - 124).abs().amax((1, 2, 3)) == 0].any()  # luminance
+    with pytest.raises(UserError, match="1 channel .* or 3"):
+        load_data(tmp_path, channels=2)
+
+
+# --- the table, the fingerprint, the cache ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", image_data.DATASETS)
+def test_data_that_is_not_there_names_its_command(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_data, "ROOT", tmp_path)
+    move_fashion_mnist(monkeypatch, tmp_path / "debian")
+    with pytest.raises(UserError, match=f"python download_datasets.py {name}`"):
+        load_data(name)
+
+
+def test_named_folders_have_their_own_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_data, "ROOT", tmp_path)
+    for folder in ("cifar10", "cifar10-64"):
+        for split in ("train", "test"):
+            class_folder(tmp_path / folder / split, {"cat": 1, "dog": 1}, size=(64, 64))
+    class_folder(tmp_path / "landscape_img_folder", {"sea": 2}, size=(100, 100))
+    settings = {
+        name: (d.images.shape[-1], d.image_size, d.flip, d.crop, d.name)
+        for name in list(image_data.DATASETS)[1:]
+        for d in [load_data(name)]
+    }
+    assert settings == {
+        "cifar10": (32, 32, True, False, "cifar10"),
+        "cifar10-64": (64, 64, True, False, "cifar10-64"),
+        "landscapes": (80, 64, True, True, "landscapes"),
+    }
+
+
+def test_a_data_set_is_one_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_data, "ROOT", tmp_path)
+    row = image_data.DataSet("toy blocks", folders=("toys/blocks",), image_size=8, flip=False)
+    monkeypatch.setitem(image_data.DATASETS, "blocks", row)
+    with pytest.raises(UserError, match="^toy blocks is not there: run `python download_datasets.py blocks`"):
+        load_data("blocks")
+    class_folder(tmp_path / "toys/blocks", {"cube": 10, "ball": 10}, (30, 20))
+    data = load_data("blocks")
+    assert data.images.shape == (18, 3, 8, 8) and (data.name, data.classes) == ("blocks", ["ball", "cube"])
+    assert (data.flip, data.crop) == (False, False) and image_data.describe_folder("blocks") is None
+    with pytest.raises(UserError, match="neither a folder nor one of fashion_mnist, .*landscapes, blocks$"):
+        load_data("bricks")
+
+
+def test_a_folder_is_known_by_its_files_wherever_it_lies(tmp_path):
+    a, b = (class_folder(tmp_path / side / "photos", {"cats": 3, "dogs": 2}) for side in "ab")
+    assert image_data.describe_folder(a) == image_data.describe_folder(b)
+    assert image_data.describe_folder(a).startswith("5 files, ")
+    (a / ".hidden").write_text("passed over")
+    assert image_data.describe_folder(a) == image_data.describe_folder(b)
+    for part in ("train", "test"):
+        class_folder(tmp_path / "split" / part, {"cats": 3, "dogs": 2})
+    split = image_data.describe_folder(tmp_path / "split")
+    picture(tmp_path / "split/elsewhere/000.png")  # neither train nor test
+    assert image_data.describe_folder(tmp_path / "split") == split != image_data.describe_folder(a)
+    for stray in ("Thumbs.db", "cats/notes.txt", "run/model.safetensors"):
+        (a / stray).parent.mkdir(exist_ok=True)
+        (a / stray).write_text("no image")
+    before = image_data.describe_folder(a)
+    assert before == image_data.describe_folder(b)
+    picture(a / "dogs/new.png")
+    assert image_data.compare_folder(a, before).endswith("has 6 images and had 5; the one changed last is dogs/new.png")
+    picture(b / "dogs/000.png", (33, 32))
+    assert before != image_data.describe_folder(b)
+    assert image_data.describe_folder("cifar10") is image_data.describe_folder(tmp_path / "nowhere") is None
+
+
+def test_images_are_decoded_once(tmp_path, monkeypatch):
+    class_folder(tmp_path, {"a": 5})
+    first = load_data(tmp_path).images.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(image_data, "decode_image", lambda *_: pytest.fail("decoded again"))
+        assert torch.equal(load_data(tmp_path).images, first)
+    picture(tmp_path / "a/000.png", seed=99)
+    assert not torch.equal(load_data(tmp_path).images, first)
+    data = load_data(tmp_path)
+    data.images[0] = 0  # a private copy: the cache stays as it is
+    assert load_data(tmp_path).images[0].any()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys):
+    class_folder(tmp_path / "data", {"a": 5})
+    expected = load_data(tmp_path / "data").images.clone()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(image_data, "CACHE", tmp_path / "file")
+    assert torch.equal(load_data(tmp_path / "data").images, expected)
+    assert "stay in memory" in capsys.readouterr().err
+
+
+def test_interrupted_decoding_leaves_no_cache(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    class_folder(tmp_path, {"a": 3})
+    monkeypatch.setattr(image_data, "decode_image", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_data(tmp_path)
+    assert len(list(image_data.CACHE.iterdir())) == 1  # the sizes
+
+
+def test_decoding_agrees_with_torchvision(tmp_path):
+    pixels = np.asarray(
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize((150, 100))
+    )
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    expected = v2.Compose([v2.Resize(80), v2.CenterCrop(80)])(Image.fromarray(pixels))
+    decoded = image_data.decode_image(tmp_path / "x.png", 80)
+    assert decoded.shape == (80, 80, 3)
+    assert np.abs(decoded.astype(int) - np.asarray(expected).astype(int)).max() <= 2
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:20] = 255  # bright above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    decoded = image_data.decode_image(tmp_path / "x.png", 40)
+    assert decoded[:, 30:].min() == 255 and decoded[:, :10].max() == 0
+
+
+# --- formats ------------------------------------------------------------------------------------------------------
+
+RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+GREYS = (RAMP * 255).round()
+
+
+@pytest.mark.parametrize(
+    "name, pixels, expected",
+    [
+        ("one.tif", RAMP.astype(np.float32), GREYS),
+        ("eight.tif", (RAMP * 255).astype(np.float32), GREYS),
+        ("sixteen.tif", (RAMP * 65535).astype(np.float32), GREYS),
+        ("sixteen.png", (RAMP * 65535).astype(np.uint16), GREYS),
+        ("uint16.tif", (RAMP * 65535).astype(np.uint16), GREYS),
+        ("uint12.tif", (RAMP * 4095).astype(np.uint16), GREYS),
+        ("int8.tif", (RAMP * 255).astype(np.int32), GREYS),
+        ("int16.tif", (RAMP * 65535).astype(np.int32), GREYS),
+        ("int32.tif", (RAMP * (2**31 - 1)).astype(np.int32), GREYS),
+        ("dark.png", (RAMP * 600).astype(np.uint16), RAMP * 600 / 257),  # PNG's range is known
+        ("black.tif", np.zeros((64, 64), np.float32), np.zeros((64, 64))),
+        ("signed.tif", (RAMP * 2 - 1).astype(np.float32), None),
+        ("negative.tif", (RAMP * 1000 - 500).astype(np.int32), None),
+        ("hdr.tif", (RAMP * 3).astype(np.float32), None),
+        ("nan.tif", np.full((64, 64), np.nan, np.float32), None),
+    ],
+)
+def test_numbers_of_every_format_are_scaled_by_their_range(name, pixels, expected, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / name)
+    decoded = image_data.decode_image(tmp_path / name, 64)
+    if expected is None:
+        assert decoded is None and image_data.why_unreadable(tmp_path / name) == "with numbers in an unusual range"
+    else:
+        assert np.abs(decoded[..., 0].astype(float) - expected).max() <= 1 and image_data.is_grey(decoded.T[None])
+
+
+@pytest.mark.parametrize(
+    "name, mode, settings",
+    [
+        ("UPPER.JPG", "RGB", {"format": "JPEG"}),
+        ("wrong.png", "RGB", {"format": "JPEG"}),
+        ("none", "RGB", {"format": "PNG"}),
+        ("cmyk.jpg", "CMYK", {}),
+        ("palette.png", "P", {}),
+        ("half.png", "LA", {}),
+        ("bits.png", "1", {}),
+        ("x.bmp", "RGB", {}),
+        ("x.webp", "RGB", {"lossless": True}),
+        ("x.tiff", "CMYK", {}),
+        ("x.gif", "P", {"save_all": True, "append_images": [Image.new("P", (90, 70))]}),
+        ("moving.webp", "RGB", {"lossless": True, "save_all": True, "append_images": [Image.new("RGB", (90, 70))]}),
+        ("moving.png", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (90, 70))]}),
+    ],
+)
+def test_everything_that_pillow_opens_counts(name, mode, settings, tmp_path):
+    """With the colours of the original, and of a film the first frame."""
+    shade = Image.new("RGB", (90, 70), (255, 255, 255) if mode in ("1", "LA") else (200, 40, 90))
+    shade.convert(mode, dither=Image.Dither.NONE).save(tmp_path / name, **settings)
+    data = load_data(tmp_path, channels=3)
+    assert len(data) == 1 and not data.left_out
+    expected = torch.tensor(shade.getpixel((0, 0)))[:, None, None]
+    assert (data.images[0].int() - expected).abs().max() <= 16
+
+
+def exif(entry):
+    """JPEG metadata with one entry, 12 bytes, in its directory."""
+    return b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + b"\0\0\0\0"
+
+
+def with_segment(content, marker, data):
+    return content[:2] + bytes([255, marker]) + struct.pack(">H", len(data) + 2) + data + content[2:]
+
+
+def with_chunk(content, kind, data, crc=None):
+    crc = zlib.crc32(kind + data) if crc is None else crc
+    return content[:33] + struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc) + content[33:]
+
+
+ORIENTATION = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+
+
+@pytest.mark.parametrize(
+    "marker, data, turned",
+    [
+        (0xE1, exif(ORIENTATION), True),
+        (0xE1, b"Exif\0\0" + exif(ORIENTATION), True),
+        (0xE1, exif(struct.pack("<HHIHH", 0x0112, 3, 1, 9, 0)), False),  # there is no such orientation
+        (0xE1, exif(struct.pack("<HHI4s", 0x0112, 2, 3, b"ab\0\0")), False),
+        (0xE1, exif(b"")[:-10], False),
+        (0xE1, b"Exif\0\0II*\0\xff\xff\xff\0", False),
+        (0xE1, b"Exif\0\0" + ORIENTATION, False),
+        (0xE1, b"Exif\0\0", False),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><tiff:Orientation", False),
+        (0xE2, b"ICC_PROFILE\0\1\2abc", False),
+        (0xE2, b"MPF\0II*\0\x08\0\0\0\xff\xff", False),
+        (0xED, b"Photoshop 3.0\0008BIM\x03\xed\0\0\0\0\0\x10ab", False),
+        (0xEE, b"Adobe\0", False),
+        (0xE0, b"JFIF\0\1", False),
+        (b"tEXt", b"Comment\0wrong checksum", False),
+        (b"zTXt", b"Comment\0\0" + zlib.compress(b" " * 5_000_000), False),
+        (b"iCCP", b"icc\0\1garbage", False),
+        (b"pHYs", b"\0", False),
+        (b"sRGB", b"", False),
+        (b"eXIf", b"II*\0\xff\xff\xff\xff", False),
+        (b"acTL", b"\0", False),
+    ],
+)
+def test_damaged_metadata_does_not_cost_the_picture(marker, data, turned, tmp_path):
+    stream = io.BytesIO()
+    photo = Image.fromarray(np.linspace(0, 255, 80 * 60 * 3).reshape(60, 80, 3).astype(np.uint8))
+    photo.save(stream, "PNG" if isinstance(marker, bytes) else "JPEG")
+    (tmp_path / "plain").write_bytes(stream.getvalue())
+    insert = with_chunk if isinstance(marker, bytes) else with_segment
+    wrong = (0,) if b"checksum" in data else ()
+    (tmp_path / "x").write_bytes(insert(stream.getvalue(), marker, data, *wrong))
+    expected, decoded = (image_data.decode_image(tmp_path / name, 48) for name in ("plain", "x"))
+    assert np.abs((np.rot90(expected, -1) if turned else expected).astype(int) - decoded).max() <= 3
+
+
+def test_a_photograph_of_200_megapixels(tmp_path, recwarn):
+    Image.new("L", (16320, 12240), 90).save(tmp_path / "x.jpg", quality=30)
+    assert np.abs(image_data.decode_image(tmp_path / "x.jpg", 64).astype(int) - 90).max() <= 1 and not recwarn.list
+    # a header that claims more than any camera makes
+    Image.new("1", (30_000, 15_000)).save(tmp_path / "y.png")
+    assert image_data.decode_image(tmp_path / "y.png", 8) is None
+    assert image_data.why_unreadable(tmp_path / "y.png") == "larger than 420 megapixels"
+
+
+@pytest.fixture
+def suffixes_anew():
+    image_data.image_suffixes.cache_clear()
+    yield
+    image_data.image_suffixes.cache_clear()
+
+
+def test_heic_is_read_where_pillow_heif_is(tmp_path, monkeypatch, suffixes_anew):
+    for i in range(10):
+        picture(tmp_path / f"{i}.png", (80, 80), i)
+    for name in ("IMG.HEIC", "really_heic.jpg"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    splits = [load_data(tmp_path, split) for split in ("train", "test")]
+    assert sum(map(len, splits)) == 10
+    line = image_data.describe(*splits, labels=False).split("\n")[1]
+    assert line.startswith("left out: 2 in HEIC, which needs `pip install pillow-heif`, such as ")
+
+    def register():
+        kind = types.SimpleNamespace  # as the package does, with a reader of its own
+        Image.register_open("HEIF", lambda *_: Image.new("RGB", (80, 80), "red"), lambda start: b"ftypheic" in start)
+        Image.register_extension("HEIF", ".heic")
+        return kind
+
+    monkeypatch.setattr(Image, "EXTENSION", dict(Image.EXTENSION))
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register))
+    image_data.image_suffixes.cache_clear()
+    splits = [load_data(tmp_path, split) for split in ("train", "test")]
+    assert sum(map(len, splits)) == 12 and not splits[0].left_out | splits[1].left_out
+
+
+def test_16_bits_and_transparency(tmp_path):
+    """16-bit greys keep their brightness; a transparent picture shows white, whatever colours hide behind."""
+    grey = np.full((8, 8), 257 * 100, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.new("LA", (8, 8), (100, 255)).save(tmp_path / "opaque.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 127)).save(tmp_path / "half.png")
+    Image.new("P", (8, 8), 0).save(tmp_path / "palette.png", transparency=0)
+    expected = {"grey": 100, "opaque": 100, "clear": 255, "half": [255, 128, 128], "palette": 255}
+    for name, colour in expected.items():
+        assert (image_data.decode_image(tmp_path / f"{name}.png", 8) == colour).all(), name
+
+
+def _png():
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@given(mutations(_png()))
+def test_fuzzed_images_decode_or_are_left_out(fuzz_folder, content):
+    (fuzz_folder / "x.png").write_bytes(content)
+    decoded = image_data.decode_image(fuzz_folder / "x.png", 8)
+    assert decoded is None or decoded.shape == (8, 8, 3)
+
+
+def test_cifar_batches(tmp_path, monkeypatch):
+    contents = write_cifar_batches(tmp_path / "cifar-10-batches-py", monkeypatch)
+    for path in (tmp_path, tmp_path / "cifar-10-batches-py"):
+        data = load_data(path)
+        assert data.images.shape == (50, 3, 32, 32) and data.flip and not data.crop and data.classes[9] == "truck"
+        assert np.array_equal(data.images[0].flatten(), contents["data_batch_1"]["data"][0])
+    assert load_data(tmp_path, "test", image_size=16).images.shape == (10, 3, 16, 16)
+
+
+def test_cifar_batches_of_a_stranger_are_not_unpickled(tmp_path):
+    write_cifar_batches(tmp_path / "cifar-10-batches-py")
+    (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(pickle.dumps(Malicious(tmp_path / "pwned")))
+    with pytest.raises(UserError, match="missing or damaged"):
+        load_data(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+# --- augmentation -------------------------------------------------------------------------------------------------
+
+
+def make_data(images, **settings):
+    defaults = {"labels": None, "classes": [], "name": "x", "flip": False, "image_size": images.shape[-1]}
+    return image_data.ImageData(images, **(defaults | settings))
+
+
+def test_without_flip_and_crop_a_batch_is_the_images(idx_folder):
+    data = load_data(idx_folder)
+    batch = augment(data, torch.tensor([3, 0]), generator(0))
+    assert torch.equal(utils.to_uint8(batch), data.images[[3, 0]])
+
+
+def test_each_image_is_flipped_by_its_own_coin():
+    images = torch.randint(0, 256, (400, 3, 8, 8), dtype=torch.uint8)
+    data = make_data(images, flip=True)
+    batch = utils.to_uint8(augment(data, torch.arange(400), generator(5)))
+    same = (batch == images).flatten(1).all(1)
+    assert torch.equal(batch[~same], images.flip(3)[~same]) and 150 < same.sum() < 250
+    assert torch.equal(utils.to_uint8(augment(data, torch.arange(400))), images)  # no generator, no chance
+
+
+def test_augmentation_depends_on_the_generator_only():
+    data = make_data(torch.randint(0, 256, (9, 3, 20, 20), dtype=torch.uint8), flip=True, crop=True, image_size=16)
+    index = torch.tensor([4, 4, 1, 0])
+    first, again, other = (augment(data, index, generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (4, 3, 16, 16) and first.dtype == torch.float32 and first.abs().max() <= 1
+    assert not torch.equal(first[0], first[1])  # the same image twice, each with its own box
+    assert torch.equal(augment(data, index.numpy(), generator(1)), first)
+
+
+def test_crops_are_boxes_of_80_to_100_percent_at_any_place():
+    # pixels count columns in the first channel and rows in the second, so a crop tells where it came from
+    ramp = torch.arange(80, dtype=torch.uint8) * 3
+    image = torch.stack([ramp.expand(80, 80), ramp[:, None].expand(80, 80), torch.zeros(80, 80, dtype=torch.uint8)])
+    data = make_data(image.expand(300, 3, 80, 80), crop=True, image_size=64)
+    x = utils.to_uint8(augment(data, torch.arange(300), generator(0))).float() / 3
+    first, last = x[:, :2, 3, 3], x[:, :2, 60, 60]
+    scale = (last - first) / 57  # source pixels per pixel
+    length = 64 * scale  # width, height
+    area = length.prod(1) / 80**2
+    assert 0.78 < area.min() < 0.83 and 0.97 < area.max() < 1.02 and length.max() < 81
+    start = first + 0.5 - 3.5 * scale
+    assert start.min() > -1 and (start + length).max() < 81
+    assert start[:, 0].max() > 5 and start[:, 1].max() > 5  # at any place
+
+
+def test_a_whole_image_is_resized_as_torchvision_does():
+    images = torch.randint(0, 256, (2, 3, 80, 80), dtype=torch.uint8)
+    data = make_data(images, crop=True, flip=True, image_size=64)
+    expected = v2.functional.resize(images, [64, 64], antialias=True)
+    assert (utils.to_uint8(augment(data, torch.arange(2))).int() - expected.int()).abs().max() <= 1
+
+
+def test_a_link_to_nowhere_is_left_out(tmp_path):
+    for i in range(12):
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "z.png").symlink_to(tmp_path / "not there")
+    train, test = (load_data(tmp_path, split, 16) for split in ("train", "test"))
+    assert len(train) + len(test) == 12
+    assert train.left_out | test.left_out == {"not readable (No such file or directory)": ["z.png"]}
