@@ -163,8 +163,8 @@ def test_bad_last_name(name, refused):
 
 
 @pytest.mark.parametrize("name", ["Perez", "de la Cruz", "O'Neil", "Müller-Lüdenscheidt"])
-def test_good_last_name(name, tmp_path):
-    assert build.build_pdf(name, tmp_path / "out.pdf").exists()
+def test_good_last_name(name, folders):
+    assert build.build_pdf(name, folders / "out.pdf").exists()
 
 
 def test_tables_are_what_the_results_say():
