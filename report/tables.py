@@ -21,68 +21,35 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def quality_cells(q):
-    interval = q["frechet_bootstrap"]["interval_95"]
-    labels = q.get("labels")
-    precision, recall = (q[name] + 1e-9 for name in ("precision", "recall"))  # 0.835 becomes 0.84, as in the report
-    return [
-        f"{q['frechet_distance']:.3f}",
-        f"{interval[0]:.3f} to {interval[1]:.3f}",
-        f"{precision:.2f}",
-        f"{recall:.2f}",
-        f"{labels['agreement'] + 1e-9:.1%}" if labels else "",
-        f"{q['samples']:,}",
-    ]
+def quality_row(name, q):
+    """A model's distance, beside what as many real images score, and how often its samples show what was asked for."""
+    curve = read_result(f"sanity_{q['features']['name']}")["curve"]
+    floor = next((f"{point['mean']:.3f}" for point in curve if point["count"] == q["samples"]), "")
+    agreement = f"{q['labels']['agreement']:.1%}" if "labels" in q else ""
+    return [name, f"{q['frechet_distance']:.3f}", floor, agreement]
 
 
 def results_table():
-    """The models that ship, in a line each: the grid's best and worst, longer trainings, guided and not."""
+    """The models that ship: the grid's best and worst, longer trainings, guided and not."""
     from ddpm_unconditional import GRID
 
+    grid = [row for row in read_result("grid")["runs"] if row["name"] in GRID]
+    grid.sort(key=lambda row: row["quality"]["frechet_distance"])
     rows = []
-    runs = sorted(
-        (r for r in (read_result("grid") or {"runs": []})["runs"] if r["name"] in GRID),
-        key=lambda r: r["quality"]["frechet_distance"],
-    )
-    for which, run in {"best": runs[:1], "worst": runs[1:][-1:]}.items():
-        for r in run:
-            schedule, loss = r["config"]["diffusion"]["schedule"], r["config"]["train"]["loss"]
-            name = f"{which} of {len(runs)} experiments: {schedule}, {loss}"
-            rows.append([f"Fashion-MNIST, {name}", *quality_cells(r["quality"])])
+    for which, row in (("best", grid[0]), ("worst", grid[-1])):
+        experiment = row["name"].replace("_", ", ")
+        rows.append(quality_row(f"Fashion-MNIST, the {which} of {len(grid)} experiments: {experiment}", row["quality"]))
     for path in sorted(RESULTS.glob("samples_*.json")):
-        result = read_result(path.stem)
-        other = result["features"]["name"]
-        note = f", in the features of {DATASETS[other].title}" if other != result["data"] else ""
-        rows.append([f"{DATASETS[result['data']].title}, `{result['checkpoint']}`{note}", *quality_cells(result)])
+        q = read_result(path.stem)
+        rows.append(quality_row(f"{DATASETS[q['data']].title}, `{q['checkpoint']}`", q))
     for path in sorted(RESULTS.glob("sweep_*.json")):
-        sweep = read_result(path.stem)
-        best = min((r for r in sweep["rows"] if r["weights"] == "ema"), key=lambda r: r["quality"]["frechet_distance"])
-        for r in sweep["rows"]:
-            note = ", its best scale" if r is best else ""
-            if r["cfg_scale"] in (1, 3) or note:
-                setting = f"{r['weights']} weights, `cfg_scale` {r['cfg_scale']:g}{note}"
-                name = f"{DATASETS[r['quality']['data']].title}, conditional, {setting}"
-                rows.append([name, *quality_cells(r["quality"])])
-    return table(["model", "Fréchet", "95% interval", "precision", "recall", "label agreement", "samples"], rows)
-
-
-def features_table():
-    rows = []
-    for name, row in DATASETS.items():
-        sanity = read_result(f"sanity_{name}")
-        if sanity:
-            _, facts = read_features(name)
-            floors = [f"{p['mean']:.3f} at {p['count']:,}" for p in sanity["curve"] if p["count"] in (1000, 2000)]
-            rows.append(
-                [row.title, f"{facts['test_accuracy']:.2%}", str(sanity["features"]["dimensions"]), ", ".join(floors)]
-            )
-    return table(["classifier of", "test accuracy", "features", "the floor: as many training images"], rows)
-
-
-def read_features(name):
-    from weights import read_tensors
-
-    return read_tensors(CHECKPOINTS / f"features_{name}.safetensors", "")
+        sweep = [row for row in read_result(path.stem)["rows"] if row["weights"] == "ema"]
+        best = min(sweep, key=lambda row: row["quality"]["frechet_distance"])
+        for row in sweep:
+            if row["cfg_scale"] in (1, 3) or row is best:
+                guidance = "no guidance" if row["cfg_scale"] == 1 else f"`--cfg-scale {row['cfg_scale']:g}`"
+                rows.append(quality_row(f"{DATASETS[row['quality']['data']].title}, {guidance}", row["quality"]))
+    return table(["model", "Fréchet distance", "floor", "label agreement"], rows)
 
 
 def accented(text):
@@ -137,15 +104,13 @@ def reliability_lines():
     unreadable, lost = kill["unreadable_states_or_checkpoints"], kill["saved_steps_lost"]
     moments, cases, refused = train["faults"] + other["faults"], fuzz["cases"], fuzz["refused_with_one_line"]
     bad = fuzz["tracebacks_hangs_half_written_or_outside"]
-    return (
-        f"- `{kill['command']}`: training was killed {kills} times, {inside} of them in the middle of a save. {same} of "
-        f"{finished} finished runs ended with exactly the weights of the run that nobody killed; {unreadable} files could "
-        f"not be read, and {lost} saved steps were lost.\n"
-        f"- `{disk['command']}`: the disk was full at {moments} different moments; {survived} times nothing was lost or "
-        "left half written.\n"
-        f"- `{fuzz['command']}`: {cases:,} commands with odd flags or damaged files, of which {refused:,} were refused with "
-        f"one clear line; {bad} ended in a traceback, a hang or a half-written file."
-    )
+    return f"""- `{kill["command"]}`: training was killed {kills} times, {inside} of them in the middle of a save.
+  {same} of {finished} finished runs ended with exactly the weights of the run that nobody killed.
+  {unreadable} files could not be read, and {lost} saved steps were lost.
+- `{disk["command"]}`: the disk was full at {moments} different moments.
+  {survived} times nothing was lost or left half written.
+- `{fuzz["command"]}`: {cases:,} commands with odd flags or damaged files.
+  {refused:,} were refused with one clear line; {bad} ended in a traceback, a hang or a half-written file."""
 
 
 def checkpoints_table():
@@ -184,7 +149,6 @@ def checkpoints_table():
 
 TABLES = {
     "results": results_table,
-    "features": features_table,
     "speed": speed_table,
     "samplers": samplers_table,
     "reliability": reliability_lines,
