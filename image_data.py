@@ -584,10 +584,10 @@ def _bytes_below(folder: Path, file: Path) -> bytes:
 one_at_a_time = threading.Lock()  # for images that need gigabytes
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, format: str | None = None) -> Image.Image:
     """The image in 8-bit RGB: other numbers are scaled by their range, and what is transparent lets white through."""
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(to_8_bits(np.asarray(image), image.format))
+        image = Image.fromarray(to_8_bits(np.asarray(image), format))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -621,7 +621,7 @@ def _decode(path: Path, side: int) -> np.ndarray:
         with Image.open(path) as image:
             image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
             with one_at_a_time if math.prod(image.size) > 50_000_000 else contextlib.nullcontext():
-                rgb = to_rgb(upright(image))
+                rgb = to_rgb(upright(image), image.format)
     except (SyntaxError, ValueError, UnidentifiedImageError):
         # Pillow refuses a PNG or JPEG for some damages of its metadata: torchvision reads the pixels only, all or none
         import torchvision
