@@ -12,7 +12,7 @@ import training
 import weights
 from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, beta_schedule, noise_level
 from ddpm_conditional import guided, predictor
-from image_data import DATASETS, compare_folder, decode_image, describe, describe_folder, load_data
+from image_data import DATASETS, decode_image, describe, describe_folder, load_data
 from modules import BLOCKS
 from utils import (
     PRECISIONS,
@@ -240,13 +240,7 @@ def run_train(args):
     if training.is_main():
         say_what_to_expect(args, data, config)
     options = ("resume", "device", "minutes", "sample_every", "init", "accumulate", "compiled")
-    try:
-        path = training.train(config, data, args.out, **{name: getattr(args, name) for name in options})
-    except training.OtherSettings as other:
-        message, name, before = other.args
-        if name == "folder" and before:
-            message += f" ({compare_folder(args.data, before)})"
-        raise UserError(message) from other
+    path = training.train(config, data, args.out, **{name: getattr(args, name) for name in options})
     if training.is_main():
         print(f"wrote {path}")
 

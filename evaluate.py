@@ -500,6 +500,8 @@ def interval(text: str) -> list[int] | None:
     if text == "none":
         return None
     low, high = map(int, text.split("-"))
+    if not 0 <= low <= high:
+        raise argparse.ArgumentTypeError(f"{text} is not an interval of timesteps, such as 200-700")
     return [low, high]
 
 
@@ -556,6 +558,8 @@ def run_sweep(args) -> None:
         raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
     if args.steps > diffusion.timesteps:
         raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
+    if any(where and where[0] >= diffusion.timesteps for where in args.intervals):
+        raise UserError(f"--intervals must begin below the model's {diffusion.timesteps} timesteps")
     data_name = args.data or config["data"].get("name")
     if data_name is None:
         raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")

@@ -554,14 +554,6 @@ def describe_folder(name_or_path: str | Path) -> str | None:
     return f"{len(facts)} files, {hashlib.sha256(b''.join(facts)).hexdigest()[:16]}"
 
 
-def compare_folder(name_or_path: str | Path, before: str) -> str:
-    """In words, how a folder differs from what `describe_folder` said of it `before`."""
-    folder = Path(name_or_path).expanduser().resolve()
-    facts = list(_file_facts(folder, _data_files(folder)))
-    newest = os.fsdecode(max(facts, key=lambda fact: max(fact[1].st_mtime, fact[1].st_ctime))[0]) if facts else "none"
-    return f"{folder} has {len(facts)} images and had {before.split()[0]}; the one changed last is {newest}"
-
-
 def _data_files(folder: Path) -> list[Path]:
     """The images of both splits; all files of a folder that holds the data in other formats."""
     train, test, _ = split_folders(folder)
@@ -592,10 +584,10 @@ def _bytes_below(folder: Path, file: Path) -> bytes:
 one_at_a_time = threading.Lock()  # for images that need gigabytes
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, format: str | None = None) -> Image.Image:
     """The image in 8-bit RGB: other numbers are scaled by their range, and what is transparent lets white through."""
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(to_8_bits(np.asarray(image), image.format))
+        image = Image.fromarray(to_8_bits(np.asarray(image), format))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -629,7 +621,7 @@ def _decode(path: Path, side: int) -> np.ndarray:
         with Image.open(path) as image:
             image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
             with one_at_a_time if math.prod(image.size) > 50_000_000 else contextlib.nullcontext():
-                rgb = to_rgb(upright(image))
+                rgb = to_rgb(upright(image), image.format)
     except (SyntaxError, ValueError, UnidentifiedImageError):
         # Pillow refuses a PNG or JPEG for some damages of its metadata: torchvision reads the pixels only, all or none
         import torchvision
@@ -669,7 +661,7 @@ def why_unreadable(path: Path) -> str:
     except UnidentifiedImageError:
         return "in no format that Pillow can open"
     except Image.DecompressionBombError:
-        return f"larger than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels"
+        return "larger than 420 megapixels"
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             return f"not readable ({error.strerror})"

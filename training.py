@@ -365,7 +365,7 @@ def check_settings(config, started, out):
             if ours.get(name) != theirs.get(name) and name != "steps":
                 settings = f"{name} = {theirs.get(name)}, not {ours.get(name)}"
                 hint = "--resume goes on with the same settings only; use another --out"
-                raise OtherSettings(f"{out} was started with {settings}: {hint}", name, theirs.get(name))
+                raise UserError(f"{out} was started with {settings}: {hint}")
 
 
 class RunFolder:
@@ -467,13 +467,6 @@ class RunFolder:
             write_json(self.path / "config.json", run.config)
         if self.world > 1:
             dist.barrier()  # nobody looks for the weights before they are there
-
-
-class OtherSettings(UserError):
-    """A run was started with other settings; args: the message, the setting's name, and how it was."""
-
-    def __str__(self):
-        return self.args[0]
 
 
 class Held(UserError):

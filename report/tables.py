@@ -47,8 +47,8 @@ def results_table():
     for which, run in {"best": runs[:1], "worst": runs[1:][-1:]}.items():
         for r in run:
             schedule, loss = r["config"]["diffusion"]["schedule"], r["config"]["train"]["loss"]
-            name = f"Fashion-MNIST, {which} of {len(runs)} experiments: {schedule}, {loss}"
-            rows.append([name, *quality_cells(r["quality"])])
+            name = f"{which} of {len(runs)} experiments: {schedule}, {loss}"
+            rows.append([f"Fashion-MNIST, {name}", *quality_cells(r["quality"])])
     for path in sorted(RESULTS.glob("samples_*.json")):
         result = read_result(path.stem)
         other = result["features"]["name"]
@@ -132,17 +132,20 @@ def reliability_lines():
     kill, disk, fuzz = result["kill"], result["disk_full"], result["fuzz"]
     train, other = disk["training"], disk["sample_publish_unpack"]
     survived = train["survived_and_resumed_to_the_same_bits"] + other["survived_with_nothing_half_written"]
-    return f"""\
-- `{kill["command"]}`: training was killed {sum(kill["kills"].values())} times, \
-{kill["kills"]["inside a save"]} of them in the middle of a save. \
-{kill["runs_identical_to_the_unkilled"]} of {kill["runs_finished"]} finished runs ended with \
-exactly the weights of the run that nobody killed; {kill["unreadable_states_or_checkpoints"]} files could not be read, \
-and {kill["saved_steps_lost"]} saved steps were lost.
-- `{disk["command"]}`: the disk was full at {train["faults"] + other["faults"]} different moments; {survived} times \
-nothing was lost or left half written.
-- `{fuzz["command"]}`: {fuzz["cases"]:,} commands with odd flags or damaged files, of which \
-{fuzz["refused_with_one_line"]:,} were refused with one clear line; \
-{fuzz["tracebacks_hangs_half_written_or_outside"]} ended in a traceback, a hang or a half-written file."""
+    kills, inside = sum(kill["kills"].values()), kill["kills"]["inside a save"]
+    same, finished = kill["runs_identical_to_the_unkilled"], kill["runs_finished"]
+    unreadable, lost = kill["unreadable_states_or_checkpoints"], kill["saved_steps_lost"]
+    moments, cases, refused = train["faults"] + other["faults"], fuzz["cases"], fuzz["refused_with_one_line"]
+    bad = fuzz["tracebacks_hangs_half_written_or_outside"]
+    return (
+        f"- `{kill['command']}`: training was killed {kills} times, {inside} of them in the middle of a save. {same} of "
+        f"{finished} finished runs ended with exactly the weights of the run that nobody killed; {unreadable} files could "
+        f"not be read, and {lost} saved steps were lost.\n"
+        f"- `{disk['command']}`: the disk was full at {moments} different moments; {survived} times nothing was lost or "
+        "left half written.\n"
+        f"- `{fuzz['command']}`: {cases:,} commands with odd flags or damaged files, of which {refused:,} were refused with "
+        f"one clear line; {bad} ended in a traceback, a hang or a half-written file."
+    )
 
 
 def checkpoints_table():

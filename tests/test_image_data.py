@@ -490,7 +490,7 @@ def test_a_folder_is_known_by_its_files_wherever_it_lies(tmp_path):
     before = image_data.describe_folder(a)
     assert before == image_data.describe_folder(b)
     picture(a / "dogs/new.png")
-    assert image_data.compare_folder(a, before).endswith("has 6 images and had 5; the one changed last is dogs/new.png")
+    assert image_data.describe_folder(a).startswith("6 files, ")
     picture(b / "dogs/000.png", (33, 32))
     assert before != image_data.describe_folder(b)
     assert image_data.describe_folder("cifar10") is image_data.describe_folder(tmp_path / "nowhere") is None

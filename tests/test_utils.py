@@ -1,4 +1,4 @@
-"""utils.py: errors, atomic files, seeds, data sets of every kind, augmentation, pictures, sample files."""
+"""utils.py: errors, atomic files, arguments, devices, seeds, pictures, sample files."""
 
 import contextlib
 import errno
@@ -220,7 +220,7 @@ def gif_frames(path):
     with Image.open(path) as gif:
         for i in range(gif.n_frames):
             gif.seek(i)
-            yield np.asarray(gif.convert("RGB")).astype(int), gif.info
+            yield np.asarray(gif.convert("RGB")).astype(int), dict(gif.info)
 
 
 GREYS = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)

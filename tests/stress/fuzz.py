@@ -293,7 +293,6 @@ evaluate_flags = flags(
         "--data": ("fashion_mnist cifar10 idx nowhere", texts),
         "--device": DEVICE,
         "--features": ("fashion_mnist nowhere", texts),
-        "--k": f"1 3 0 -1 {10**30} x",
         "--bootstrap": "0 1 5 -1 x",
         "--seed": numbers,
         "--json-out": out_names.map(lambda name: re.sub(r"(png|gif|npz)$", "json", name)),
@@ -409,7 +408,7 @@ COMMANDS = {
                 f"noise-error {MEASURE}",
                 f"likelihood {MEASURE}",
                 "train-features nowhere",
-                "sanity --data nowhere",
+                "copying samples.npz --data nowhere",
             )
         ],
         evaluate_flags,
