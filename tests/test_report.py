@@ -206,7 +206,11 @@ def test_pixels_are_squares():
     assert (picture[:3, :3] == 0).all() and (picture[:3, 3:] == 255).all()
 
 
-def test_results_have_six_digits(folders):
+def test_results_are_published_by_the_build_alone(folders, monkeypatch):
+    """Whoever changes a cell in JupyterLab must not change the report's numbers. Published numbers have six digits."""
+    figures.save_result("x", {"a": 1})
+    assert figures.read_result("x") is None
+    monkeypatch.setattr(figures, "PUBLISHING", True)
     figures.save_result("x", {"a": 1 / 3, "b": [2e-9 / 3, 7], "c": None})
     assert figures.read_result("x") == {"a": 0.333333, "b": [6.66667e-10, 7], "c": None}
     assert figures.read_result("missing") is None
