@@ -2,6 +2,7 @@
 
     python evaluate.py SAMPLES --data NAME            compare samples with the test split of a data set
     python evaluate.py copying SAMPLES --data NAME    are they nearer to training images than to test images?
+    python evaluate.py sanity --data NAME             do the measures order real, damaged and memorised images rightly?
     python evaluate.py noise-error CHECKPOINT         a model's held-out error of the predicted noise, against t
     python evaluate.py likelihood CHECKPOINT          a model's variational bound in bits/dim
     python evaluate.py train-features NAME            train the classifier in whose features samples are measured
@@ -22,8 +23,10 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
+from torchvision.transforms.functional import gaussian_blur
 
 import features
 from ddpm import SAMPLERS, noise_level, per_image
@@ -598,6 +601,66 @@ def run_sweep(args) -> None:
     print(f"wrote {args.out}: {len(rows)} settings")
 
 
+# --- sanity ----------------------------------------------------------------------------------------------------------
+
+
+def damaged(images: torch.Tensor, g: torch.Generator) -> dict[str, torch.Tensor]:
+    """{what was done to them: the images} (uint8, N x C x H x W): blurred, noised, or only a few of them, repeated."""
+    sets = {}
+    for sigma in (0.5, 1.0, 2.0):
+        blurred = gaussian_blur(images.float(), 2 * math.ceil(3 * sigma) + 1, sigma)
+        sets[f"blurred {sigma:g} px"] = blurred.round().to(torch.uint8)
+    for sigma in (0.05, 0.1, 0.2, 0.4):  # in the units of [-1, 1]
+        noised = images + 127.5 * sigma * torch.randn(images.shape, generator=g)
+        sets[f"noised {sigma:g}"] = noised.round().clamp(0, 255).to(torch.uint8)
+    for distinct in (len(images) // 50, len(images) // 10):
+        sets[f"memorised {distinct} images"] = images[torch.arange(len(images)) % distinct]
+    return sets
+
+
+def sanity(data_name: str, n: int = 5000, seed: int = 0) -> dict:
+    """Every measure on real, damaged, mode-dropped and memorised images, and the Frechet distance against the count."""
+    net = features.load_features(data_name)
+    train, test = features.load_splits(data_name, labels=True)
+    reference, facts = features.load_reference(data_name, net)
+    n, g = min(n, len(train)), generator(seed)
+    order = torch.randperm(len(train), generator=g)
+    assert train.labels is not None
+    x, labels = train.images[order[:n]], train.labels[order]
+    some_test = test.images[torch.randperm(len(test), generator=generator(seed, 1))[:n]]
+    sets = {"test": some_test, "train": x, **damaged(x, g)}
+    for dropped in (k for k in (1, 3, 5) if k < len(train.classes)):  # as many images, of the classes that are left
+        sets[f"without {dropped} of {len(train.classes)} classes"] = train.images[order[labels >= dropped][:n]]
+    sets["noise only"] = torch.randint(256, x.shape, generator=g, dtype=torch.uint8)
+    rows = [
+        {"name": name, "count": len(some), **compare(features_of(net, some)[0], reference, seed)}
+        for name, some in sets.items()
+    ]
+    facts = {"split": "test", "images": facts["test_images"], "sha256": facts["sha256"]}
+    about = {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256}
+    about["test_accuracy"] = net.test_accuracy
+    curve = count_curve(features_of(net, train.images)[0], reference, seed)
+    return {"data": net.name, "seed": seed, "sets": rows, "curve": curve, "reference": facts, "features": about}
+
+
+def count_curve(x: torch.Tensor, reference: dict, seed: int, repeats: int = 10) -> list[dict]:
+    """Training images' features x against the test split, by their number: the floor of the Frechet distance, mean and
+    spread over subsets; precision and recall of the first subset."""
+    test, curve = reference["test_features"].float(), []
+    for count in (200, 500, 1000, 2000, 5000, 10_000, 20_000):
+        if not x.shape[1] < count <= len(x):
+            continue
+        subsets = [x[torch.randperm(len(x), generator=generator(seed, count, i))[:count]] for i in range(repeats)]
+        with one_thread():
+            distances = [frechet(*statistics(some), reference["test_mean"], reference["test_cov"]) for some in subsets]
+        pairs = min(count, len(test))
+        some_test = test[torch.randperm(len(test), generator=generator(seed, count))[:pairs]]
+        precision, recall = precision_recall(some_test, subsets[0][:pairs])
+        spread = {"mean": mean(distances), "standard_deviation": stdev(distances)}
+        curve.append({"count": count, "repeats": repeats, **spread, "precision": precision, "recall": recall})
+    return curve
+
+
 # --- command line -------------------------------------------------------------------------------------------------
 
 
@@ -624,6 +687,10 @@ def run_copying(args) -> dict:
 
 def run_train_features(args) -> dict:
     return features.train_features(args.name, args.seed)
+
+
+def run_sanity(args) -> dict:
+    return sanity(args.data, args.n, args.seed)
 
 
 def run_model(args, measure) -> dict:
@@ -670,6 +737,10 @@ def make_parser() -> argparse.ArgumentParser:
     add = command("train-features", run_train_features, "train a data set's feature classifier and store references")
     add("name", help="the data set")
 
+    add = command("sanity", run_sanity, "do the measures order real, damaged and memorised images rightly?")
+    add("--data", default="fashion_mnist", help="the data set")
+    add("--n", type=positive, default=5000, help="images in each set")
+
     for name, run, help in (
         ("noise-error", run_noise_error, "mean squared error of the predicted noise on test images"),
         ("likelihood", run_likelihood, "variational bound on test images, in bits/dim"),
@@ -691,7 +762,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = ("samples", "copying", "train-features", "noise-error", "likelihood", "-h", "--help")
+    commands = ("samples", "copying", "train-features", "sanity", "noise-error", "likelihood", "-h", "--help")
     if argv and argv[0] not in commands:
         argv.insert(0, "samples")
     args = make_parser().parse_args(argv)

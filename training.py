@@ -60,7 +60,7 @@ TIMESTEP_SAMPLING = {
     "vlb": lambda diffusion, n, g: torch.multinomial(diffusion.vlb_weights.cpu(), n, replacement=True, generator=g),
 }
 # config["train"] where it says nothing
-DEFAULTS = {
+DEFAULTS: dict = {
     "loss": "l2",
     "steps": None,
     "batch_size": 128,

@@ -21,61 +21,35 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def quality_cells(q):
-    """Distance, what as many real training images score, recall, label agreement."""
-    sanity = read_result(f"sanity_{q['data']}") if q["features"]["name"] == q["data"] else None
-    floor = [point["mean"] for point in (sanity or {"curve": []})["curve"] if point["count"] == q["samples"]]
-    return [
-        f"{q['frechet_distance']:.3f}",
-        f"{floor[0]:.3f}" if floor else "",
-        f"{q['recall'] + 1e-9:.2f}",  # 0.835 becomes 0.84, as in the report
-        f"{q['labels']['agreement'] + 1e-9:.1%}" if "labels" in q else "",
-    ]
+def quality_row(name, q):
+    """A model's distance, beside what as many real images score, and how often its samples show what was asked for."""
+    curve = read_result(f"sanity_{q['features']['name']}")["curve"]
+    floor = next((f"{point['mean']:.3f}" for point in curve if point["count"] == q["samples"]), "")
+    agreement = f"{q['labels']['agreement']:.1%}" if "labels" in q else ""
+    return [name, f"{q['frechet_distance']:.3f}", floor, agreement]
 
 
 def results_table():
-    """The published models in a line each: the best of the grid, longer trainings, guided and not."""
+    """The models that ship: the grid's best and worst, longer trainings, guided and not."""
     from ddpm_unconditional import GRID
 
-    runs = [run for run in (read_result("grid") or {"runs": []})["runs"] if run["name"] in GRID]
+    grid = [row for row in read_result("grid")["runs"] if row["name"] in GRID]
+    grid.sort(key=lambda row: row["quality"]["frechet_distance"])
     rows = []
-    for run in sorted(runs, key=lambda r: r["quality"]["frechet_distance"])[:1]:
-        schedule, loss = run["config"]["diffusion"]["schedule"], run["config"]["train"]["loss"]
-        rows.append(
-            [f"Fashion-MNIST, best of {len(runs)} experiments: {schedule}, {loss}", *quality_cells(run["quality"])]
-        )
+    for which, row in (("best", grid[0]), ("worst", grid[-1])):
+        experiment = row["name"].replace("_", ", ")
+        rows.append(quality_row(f"Fashion-MNIST, the {which} of {len(grid)} experiments: {experiment}", row["quality"]))
     for path in sorted(RESULTS.glob("samples_*.json")):
         q = read_result(path.stem)
-        note = "" if q["features"]["name"] == q["data"] else f", in the features of {q['features']['name']}"
-        rows.append([f"{DATASETS[q['data']].title}, `{q['checkpoint']}`{note}", *quality_cells(q)])
+        rows.append(quality_row(f"{DATASETS[q['data']].title}, `{q['checkpoint']}`", q))
     for path in sorted(RESULTS.glob("sweep_*.json")):
-        averaged = [row for row in read_result(path.stem)["rows"] if row["weights"] == "ema"]
-        best = min(averaged, key=lambda row: row["quality"]["frechet_distance"])
-        for row in averaged:
-            if row["cfg_scale"] == 1 or row is best:
-                guidance = f"`cfg_scale` {row['cfg_scale']:g}" if row["cfg_scale"] != 1 else "no guidance"
-                title = DATASETS[row["quality"]["data"]].title
-                rows.append([f"{title}, conditional, averaged weights, {guidance}", *quality_cells(row["quality"])])
-    return table(["model", "Fréchet", "the floor", "recall", "label agreement"], rows)
-
-
-def features_table():
-    rows = []
-    for name, row in DATASETS.items():
-        sanity = read_result(f"sanity_{name}")
-        if sanity:
-            _, facts = read_features(name)
-            floors = [f"{p['mean']:.3f} at {p['count']:,}" for p in sanity["curve"] if p["count"] in (1000, 2000)]
-            rows.append(
-                [row.title, f"{facts['test_accuracy']:.2%}", str(sanity["features"]["dimensions"]), ", ".join(floors)]
-            )
-    return table(["classifier of", "test accuracy", "features", "the floor: as many training images"], rows)
-
-
-def read_features(name):
-    from weights import read_tensors
-
-    return read_tensors(CHECKPOINTS / f"features_{name}.safetensors", "")
+        sweep = [row for row in read_result(path.stem)["rows"] if row["weights"] == "ema"]
+        best = min(sweep, key=lambda row: row["quality"]["frechet_distance"])
+        for row in sweep:
+            if row["cfg_scale"] in (1, 3) or row is best:
+                guidance = "no guidance" if row["cfg_scale"] == 1 else f"`--cfg-scale {row['cfg_scale']:g}`"
+                rows.append(quality_row(f"{DATASETS[row['quality']['data']].title}, {guidance}", row["quality"]))
+    return table(["model", "Fréchet distance", "floor", "label agreement"], rows)
 
 
 def accented(text):
@@ -130,15 +104,13 @@ def reliability_lines():
     unreadable, lost = kill["unreadable_states_or_checkpoints"], kill["saved_steps_lost"]
     moments, cases, refused = train["faults"] + other["faults"], fuzz["cases"], fuzz["refused_with_one_line"]
     bad = fuzz["tracebacks_hangs_half_written_or_outside"]
-    return (
-        f"- `{kill['command']}`: training was killed {kills} times, {inside} of them in the middle of a save. "
-        f"{same} of {finished} finished runs ended with exactly the weights of the run that nobody killed; "
-        f"{unreadable} files could not be read, and {lost} saved steps were lost.\n"
-        f"- `{disk['command']}`: the disk was full at {moments} different moments; {survived} times nothing was lost "
-        "or left half written.\n"
-        f"- `{fuzz['command']}`: {cases:,} commands with odd flags or damaged files, of which {refused:,} were refused "
-        f"with one clear line; {bad} ended in a traceback, a hang or a half-written file."
-    )
+    return f"""- `{kill["command"]}`: training was killed {kills} times, {inside} of them in the middle of a save.
+  {same} of {finished} finished runs ended with exactly the weights of the run that nobody killed.
+  {unreadable} files could not be read, and {lost} saved steps were lost.
+- `{disk["command"]}`: the disk was full at {moments} different moments.
+  {survived} times nothing was lost or left half written.
+- `{fuzz["command"]}`: {cases:,} commands with odd flags or damaged files.
+  {refused:,} were refused with one clear line; {bad} ended in a traceback, a hang or a half-written file."""
 
 
 def checkpoints_table():
@@ -177,7 +149,6 @@ def checkpoints_table():
 
 TABLES = {
     "results": results_table,
-    "features": features_table,
     "speed": speed_table,
     "samplers": samplers_table,
     "reliability": reliability_lines,

@@ -394,7 +394,7 @@ def test_sweep_goes_on_where_it_stopped(classes, tmp_path, monkeypatch):
 
 
 def test_any_checkpoint_can_be_sampled(classes, idx_folder, tmp_path, sampled, capsys):
-    """A finished run's folder is its model. Of a stopped one, folder and state have the same weights; the step is said."""
+    """A finished run's folder is its model. A stopped run's folder or state is its newest weights; the step is said."""
     model = sampled(ddpm_conditional.main, "--checkpoint", classes, "--n", 2)[0]
     assert np.array_equal(sampled(ddpm_conditional.main, "--checkpoint", classes.parent, "--n", 2)[0], model)
     (state,) = classes.parent.glob("state_00000004_*.pt")

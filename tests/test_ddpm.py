@@ -508,7 +508,7 @@ def test_ddim_with_all_steps_and_eta_1_is_ddpm(schedule, timesteps):
 
 @given(a_schedule, st.integers(1, 300), st.data())
 def test_respaced_is_the_same_process(schedule, timesteps, data):
-    """At the timesteps that it visits, it holds as much of the image; one of its steps is several of the whole process."""
+    """At the timesteps that it visits it holds as much of the image; one of its steps is several of the whole."""
     d = exact_diffusion(timesteps, schedule)
     visited = sorted(d.even_timesteps(data.draw(st.integers(1, timesteps))))
     coarse = d.respaced(visited)

@@ -457,6 +457,10 @@ def test_from_training_a_classifier_to_numbers(toy, tmp_path, run):
     assert noise["kernel_distance"]["kid"] > real["kernel_distance"]["kid"]
     assert "frechet_bootstrap" not in noise
 
+    rows = {row["name"]: row for row in run("sanity", "--data", "toy", "--n", 100)["sets"]}
+    assert rows["train"]["frechet_distance"] < rows["noise only"]["frechet_distance"]
+    assert rows["without 1 of 2 classes"]["recall"] < rows["train"]["recall"]
+
     with pytest.raises(UserError, match="cannot write"):
         run(path, "--data", "toy", "--json-out", ".")
     reference = tmp_path / "checkpoints/reference_toy.safetensors"

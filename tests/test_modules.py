@@ -23,7 +23,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def randomise(model, scale=0.05):
-    """Weights as the reference file wants them; also no zero-initialised layer stays zero and hides what is before it."""
+    """Weights as the reference file wants them; no zero-initialised layer stays zero and hides what is before it."""
     rng = np.random.RandomState(0)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):

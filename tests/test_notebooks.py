@@ -1,4 +1,4 @@
-"""Every notebook runs top to bottom from what ships, alone; what is committed has its outputs and nothing of our machines."""
+"""Every notebook runs from what ships, alone; what is committed has its outputs and nothing of our machines."""
 
 import json
 import re

@@ -288,7 +288,7 @@ sweep_flags = flags(
 grid_table = TRAIN_TABLE | {"--only": texts, "--out": "out/grid /dev/null", "--n": numbers}
 grid_flags = flags("--flip --no-flip --resume --help", grid_table)
 evaluate_flags = flags(
-    "--labels --help",
+    "--help",
     {
         "--data": ("fashion_mnist cifar10 idx nowhere", texts),
         "--device": DEVICE,
