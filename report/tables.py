@@ -23,7 +23,8 @@ def table(header, rows):
 
 def quality_row(name, q):
     """A model's distance, beside what as many real images score, and how often its samples show what was asked for."""
-    curve = read_result(f"sanity_{q['features']['name']}")["curve"]
+    own = q["features"]["name"] == q["data"]  # another data set's floor says nothing about this one
+    curve = read_result(f"sanity_{q['data']}")["curve"] if own else []
     floor = next((f"{point['mean']:.3f}" for point in curve if point["count"] == q["samples"]), "")
     agreement = f"{q['labels']['agreement']:.1%}" if "labels" in q else ""
     return [name, f"{q['frechet_distance']:.3f}", floor, agreement]
