@@ -47,8 +47,9 @@ WEIGHTS_STYLE = {
 }
 
 TEXT_WIDTH = 6.7  # inches, on A4
+PAGE_WIDTH = 960  # pixels, of a notebook in a browser
 STYLE = {
-    "figure.dpi": 100,
+    "figure.dpi": PAGE_WIDTH / TEXT_WIDTH,
     "savefig.dpi": 200,
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -79,10 +80,16 @@ def subplots(rows=1, columns=1, height=2.5, **options):
 
 
 def save(fig, name, sources=()):
-    """Write a plot to report/figures/NAME.svg; `sources` are the files (checkpoints, results) it was drawn from."""
+    """Write a plot to report/figures/NAME.svg; `sources` are the files (checkpoints, results) it was drawn from.
+
+    The notebook then shows it as a PNG of the same pixels as before, but with letters as small as on a page of text.
+    """
     buffer = io.BytesIO()
     fig.savefig(buffer, format="svg", metadata={"Date": None})
     record(name, ".svg", buffer.getvalue(), sources)
+    enlarged = TEXT_WIDTH / fig.get_figwidth()
+    fig.set_size_inches(enlarged * fig.get_size_inches())
+    fig.set_dpi(fig.dpi / enlarged)
 
 
 def record(name, suffix, contents, sources):
@@ -182,7 +189,10 @@ def labelled_rows(rows, column_labels=None, scale=4, width=TEXT_WIDTH, gap=1):
     picture_width = width - label_room
     picture_height = picture_width * grid.shape[0] / grid.shape[1]
     total = picture_height + label_height
-    fig = plt.figure(figsize=(width, total))
+    # for the notebook: the whole number of screen pixels for each image pixel that comes nearest to PAGE_WIDTH
+    pixels_across = grid.shape[1] / scale
+    enlarged = max(1, round(PAGE_WIDTH / width * picture_width / pixels_across))
+    fig = plt.figure(figsize=(width, total), dpi=enlarged * pixels_across / picture_width)
     axes = fig.add_axes((label_room / width, 0, picture_width / width, picture_height / total))
     axes.imshow(grid, interpolation="none", aspect="auto")
     axes.grid(False)
