@@ -103,9 +103,8 @@ def record(name, suffix, contents, sources):
 def save_result(name, result):
     """Write numbers for the report to report/results/NAME.json, at six digits, which no processor changes."""
     if PUBLISHING:
-        write_json(RESULTS / f"{name}.json", six_digits(result))
-    else:
-        print(f"results/{name}.json stays as it is: `python report/build.py notebooks` writes it")
+        return write_json(RESULTS / f"{name}.json", six_digits(result))
+    print(f"results/{name}.json stays as it is: `python report/build.py notebooks` writes it")
 
 
 def six_digits(value):
@@ -238,23 +237,15 @@ def frontier(sweeps):
     for line, (name, rows) in zip(axes, sweeps.items(), strict=True):
         for axis, (label, measure) in zip(line, measures.items(), strict=True):
             for weights, style in WEIGHTS_STYLE.items():
-                curve = sorted(
-                    (r for r in rows if r["weights"] == weights and not r.get("cfg_interval")),
-                    key=lambda r: r["cfg_scale"],
-                )
+                curve = [r for r in rows if r["weights"] == weights and not r.get("cfg_interval")]
+                curve.sort(key=lambda r: r["cfg_scale"])
                 points = [(100 * r["quality"]["labels"]["agreement"], r["quality"][measure]) for r in curve]
                 axis.plot(*zip(*points, strict=True), label=weights, **style)
                 for r, point in zip(curve, points, strict=True):
                     if r["cfg_scale"] in (1, 2, 3):
                         offset = (-6, 5) if weights == "raw" else (-6, -10)
-                        axis.annotate(
-                            f"{r['cfg_scale']:g}",
-                            point,
-                            textcoords="offset points",
-                            xytext=offset,
-                            ha="center",
-                            fontsize=7.5,
-                        )
+                        where = {"textcoords": "offset points", "xytext": offset, "ha": "center"}
+                        axis.annotate(f"{r['cfg_scale']:g}", point, fontsize=7.5, **where)
             axis.margins(0.06, 0.14)
             axis.set(xlabel="label agreement, %", ylabel=label, title=titles.get(name, name))
         ticks = [0.05, 0.1, 0.2, 0.5, 1, 2]
@@ -316,7 +307,7 @@ def slider(images_at, last, name, start=0.3):
 
     def png(value):
         buffer, images = io.BytesIO(), images_at(value)
-        scale = max(1, 900 // (len(images) * images.shape[-1]))
+        scale = max(1, PAGE_WIDTH // (len(images) * (images.shape[-1] + 1) + 1))
         Image.fromarray(pixels(images, len(images), scale)).save(buffer, "PNG")
         return buffer.getvalue()
 
@@ -324,7 +315,7 @@ def slider(images_at, last, name, start=0.3):
     image = widgets.Image(value=png(first), format="png")
     if PUBLISHING:
         return still(image.value, f"{name} = {first}")
-    control = widgets.IntSlider(value=first, max=last, description=name, layout={"width": "900px"})
+    control = widgets.IntSlider(value=first, max=last, description=name, layout={"width": f"{PAGE_WIDTH}px"})
     control.observe(lambda change: setattr(image, "value", png(change["new"])), "value")
     return widgets.VBox([control, image])
 
