@@ -188,9 +188,9 @@ def labelled_rows(rows, column_labels=None, scale=4, width=TEXT_WIDTH, gap=1):
     picture_width = width - label_room
     picture_height = picture_width * grid.shape[0] / grid.shape[1]
     total = picture_height + label_height
-    # for the notebook: the whole number of screen pixels for each image pixel that comes nearest to PAGE_WIDTH
+    # for the notebook: a whole number of screen pixels for each image pixel, the figure at most a tenth over PAGE_WIDTH
     pixels_across = grid.shape[1] / scale
-    enlarged = max(1, round(PAGE_WIDTH / width * picture_width / pixels_across))
+    enlarged = max(1, int(1.1 * PAGE_WIDTH / width * picture_width / pixels_across))
     fig = plt.figure(figsize=(width, total), dpi=enlarged * pixels_across / picture_width)
     axes = fig.add_axes((label_room / width, 0, picture_width / width, picture_height / total))
     axes.imshow(grid, interpolation="none", aspect="auto")
