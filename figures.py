@@ -47,8 +47,9 @@ WEIGHTS_STYLE = {
 }
 
 TEXT_WIDTH = 6.7  # inches, on A4
+PAGE_WIDTH = 960  # pixels, of a notebook in a browser
 STYLE = {
-    "figure.dpi": 100,
+    "figure.dpi": PAGE_WIDTH / TEXT_WIDTH,
     "savefig.dpi": 200,
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -79,10 +80,16 @@ def subplots(rows=1, columns=1, height=2.5, **options):
 
 
 def save(fig, name, sources=()):
-    """Write a plot to report/figures/NAME.svg; `sources` are the files (checkpoints, results) it was drawn from."""
+    """Write a plot to report/figures/NAME.svg; `sources` are the files (checkpoints, results) it was drawn from.
+
+    The notebook then shows it as a PNG of the same pixels as before, but with letters as small as on a page of text.
+    """
     buffer = io.BytesIO()
     fig.savefig(buffer, format="svg", metadata={"Date": None})
     record(name, ".svg", buffer.getvalue(), sources)
+    enlarged = TEXT_WIDTH / fig.get_figwidth()
+    fig.set_size_inches(enlarged * fig.get_size_inches())
+    fig.set_dpi(fig.dpi / enlarged)
 
 
 def record(name, suffix, contents, sources):
@@ -96,9 +103,8 @@ def record(name, suffix, contents, sources):
 def save_result(name, result):
     """Write numbers for the report to report/results/NAME.json, at six digits, which no processor changes."""
     if PUBLISHING:
-        write_json(RESULTS / f"{name}.json", six_digits(result))
-    else:
-        print(f"results/{name}.json stays as it is: `python report/build.py notebooks` writes it")
+        return write_json(RESULTS / f"{name}.json", six_digits(result))
+    print(f"results/{name}.json stays as it is: `python report/build.py notebooks` writes it")
 
 
 def six_digits(value):
@@ -182,7 +188,10 @@ def labelled_rows(rows, column_labels=None, scale=4, width=TEXT_WIDTH, gap=1):
     picture_width = width - label_room
     picture_height = picture_width * grid.shape[0] / grid.shape[1]
     total = picture_height + label_height
-    fig = plt.figure(figsize=(width, total))
+    # for the notebook: a whole number of screen pixels for each image pixel, the figure at most a tenth over PAGE_WIDTH
+    pixels_across = grid.shape[1] / scale
+    enlarged = max(1, int(1.1 * PAGE_WIDTH / width * picture_width / pixels_across))
+    fig = plt.figure(figsize=(width, total), dpi=enlarged * pixels_across / picture_width)
     axes = fig.add_axes((label_room / width, 0, picture_width / width, picture_height / total))
     axes.imshow(grid, interpolation="none", aspect="auto")
     axes.grid(False)
@@ -228,23 +237,15 @@ def frontier(sweeps):
     for line, (name, rows) in zip(axes, sweeps.items(), strict=True):
         for axis, (label, measure) in zip(line, measures.items(), strict=True):
             for weights, style in WEIGHTS_STYLE.items():
-                curve = sorted(
-                    (r for r in rows if r["weights"] == weights and not r.get("cfg_interval")),
-                    key=lambda r: r["cfg_scale"],
-                )
+                curve = [r for r in rows if r["weights"] == weights and not r.get("cfg_interval")]
+                curve.sort(key=lambda r: r["cfg_scale"])
                 points = [(100 * r["quality"]["labels"]["agreement"], r["quality"][measure]) for r in curve]
                 axis.plot(*zip(*points, strict=True), label=weights, **style)
                 for r, point in zip(curve, points, strict=True):
                     if r["cfg_scale"] in (1, 2, 3):
                         offset = (-6, 5) if weights == "raw" else (-6, -10)
-                        axis.annotate(
-                            f"{r['cfg_scale']:g}",
-                            point,
-                            textcoords="offset points",
-                            xytext=offset,
-                            ha="center",
-                            fontsize=7.5,
-                        )
+                        where = {"textcoords": "offset points", "xytext": offset, "ha": "center"}
+                        axis.annotate(f"{r['cfg_scale']:g}", point, fontsize=7.5, **where)
             axis.margins(0.06, 0.14)
             axis.set(xlabel="label agreement, %", ylabel=label, title=titles.get(name, name))
         ticks = [0.05, 0.1, 0.2, 0.5, 1, 2]
@@ -306,7 +307,7 @@ def slider(images_at, last, name, start=0.3):
 
     def png(value):
         buffer, images = io.BytesIO(), images_at(value)
-        scale = max(1, 900 // (len(images) * images.shape[-1]))
+        scale = max(1, PAGE_WIDTH // (len(images) * (images.shape[-1] + 1) + 1))
         Image.fromarray(pixels(images, len(images), scale)).save(buffer, "PNG")
         return buffer.getvalue()
 
@@ -314,7 +315,7 @@ def slider(images_at, last, name, start=0.3):
     image = widgets.Image(value=png(first), format="png")
     if PUBLISHING:
         return still(image.value, f"{name} = {first}")
-    control = widgets.IntSlider(value=first, max=last, description=name, layout={"width": "900px"})
+    control = widgets.IntSlider(value=first, max=last, description=name, layout={"width": f"{PAGE_WIDTH}px"})
     control.observe(lambda change: setattr(image, "value", png(change["new"])), "value")
     return widgets.VBox([control, image])
 

@@ -1,4 +1,4 @@
-"""Every notebook runs from what ships, alone; what is committed has its outputs and nothing of our machines."""
+"""Every notebook runs top to bottom from what ships, alone; outputs are committed, and nothing of our machines."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def test_runs(path, tmp_path):
 
 @by_name
 def test_committed_outputs(path):
-    assert path.stat().st_size < 2_000_000
+    assert path.stat().st_size < 4_000_000  # noise in colour does not compress
     code = cells(path)
     assert any(cell["outputs"] for cell in code) and all(cell["execution_count"] for cell in code)
     text = json.dumps([[o for o in cell["outputs"] if o["output_type"] != "display_data"] for cell in code])
