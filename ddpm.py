@@ -148,7 +148,7 @@ class Diffusion:
         return process.to(self.betas.device, self.betas.dtype)
 
     def shortened(self, timesteps):
-        """Its first `timesteps` steps alone, as a Diffusion: for starting at a noised image instead of at pure noise."""
+        """Its first `timesteps` steps alone, as a Diffusion: for starting at a noised image instead of pure noise."""
         if not 1 <= timesteps <= self.timesteps:
             raise ValueError(f"the process has between 1 and {self.timesteps} steps to start at, not {timesteps}")
         return self.respaced(list(range(timesteps)))

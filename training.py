@@ -202,7 +202,8 @@ def draw_batch(data, config, step, diffusion):
     index = draw_indices(train["seed"], step, train["batch_size"], len(data.images))
     x0 = augment(data, index, g)
     t = look_up(TIMESTEP_SAMPLING, train["timestep_sampling"], "timestep sampling")(diffusion, len(x0), g)
-    noise = torch.randn(x0.shape, generator=g)  # Homework TODO 556: the random noise
+    # Homework TODO 556: the random noise
+    noise = torch.randn(x0.shape, generator=g)
     labels = None
     if config["model"].get("num_classes"):
         labels = drop_labels(data.labels[index], train["p_uncond"], g, train["label_dropout"])

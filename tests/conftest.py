@@ -52,7 +52,7 @@ def write_idx(path, array):
 
 @pytest.fixture(scope="session")
 def idx_folder(tmp_path_factory):
-    """A folder laid out as Fashion-MNIST's, with 64 training and 16 test images of noise; the class is the brightness."""
+    """A folder laid out as Fashion-MNIST's: 64 training and 16 test images of noise; the class is the brightness."""
     folder, rng = tmp_path_factory.mktemp("idx"), np.random.default_rng(0)
     for prefix, count in (("train", 64), ("t10k", 16)):
         labels = np.arange(count) % 10

@@ -123,10 +123,12 @@ def changed(before, after):
     return {name for name in before if not torch.equal(torch.as_tensor(before[name]), torch.as_tensor(after[name]))}
 
 
-@pytest.mark.parametrize(
-    "number", ["455", "506", "556", "563", "582", "611", "750 and 758", "876", "215", "232", "89-94", "51"]
-)
+TODOS = dict.fromkeys(["455", "506", "556", "563", "582", "611", "750 and 758", "876", "215", "232", "51"], 1)
+TODOS["89-94"] = 2  # the labels that are dropped, and the step of the loop
+
+
+@pytest.mark.parametrize("number", TODOS)
 def test_grep_finds_every_todo(number):
-    """`grep -n "Homework TODO 506" *.py` names one place: a comment, and the answer right below it."""
+    """`grep -n "Homework TODO 506" *.py` names the place: a comment, and the answer right below it."""
     marked = re.compile(rf"^ *# Homework TODO {number}: .+\n(?: *#.*\n)* *\S", re.MULTILINE)
-    assert sum(len(marked.findall(path.read_text())) for path in ROOT.glob("*.py")) == 1
+    assert sum(len(marked.findall(path.read_text())) for path in ROOT.glob("*.py")) == TODOS[number]
