@@ -244,7 +244,7 @@ def evaluate_samples(
     images = images if own else features.shrink(net, images)
     features.check_shape(net, images)
     check_count(len(images), net.head.in_features)
-    reference, facts = features.load_reference(data_name, net, image_size)
+    reference, facts = features.load_reference(data_name, net, image_size, labels is not None)
     sample_features, logits = features_of(net, images)
     result = {
         "samples": len(images),
@@ -279,7 +279,7 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, netw
         from torchmetrics.wrappers import FeatureShare
     except ImportError:
         raise UserError("--features inception needs `pip install torchmetrics torch-fidelity`") from None
-    _, test = features.load_splits(data_name, images.shape[-1])
+    _, test = features.load_splits(data_name, images.shape[-1], images.shape[1])
     try:  # antialias=False: resized as in the original FID
         fid = FrechetInceptionDistance(network, antialias=False)
         kernel = KernelInceptionDistance(network, subset_size=min(1000, len(images), len(test)))
@@ -351,8 +351,7 @@ def model_images(data_name: str | None, config: dict, count: int) -> tuple[torch
     if data_name is None and name not in DATASETS:
         raise UserError(f"the model was trained on {name or 'data without a name'}: say where it is with --data")
     channels, classes = config["model"].get("channels", 3), config["model"].get("num_classes")
-    own = None if name in DATASETS else channels  # grey images of one's own may have been trained on as RGB
-    _, data = features.load_splits(name, config["data"]["image_size"], own, labels=bool(classes))
+    _, data = features.load_splits(name, config["data"]["image_size"], channels, labels=bool(classes))
     if (there := data.images.shape[1]) != channels:
         raise UserError(f"the model's images have {channels} channels, those of {name} {there}: give another --data")
     if not 2 <= count <= len(data):
@@ -677,7 +676,7 @@ def run_samples(args) -> dict:
 
 def run_copying(args) -> dict:
     images, _ = load_samples(args.samples)
-    train, test = features.load_splits(args.data, images.shape[-1])
+    train, test = features.load_splits(args.data, images.shape[-1], images.shape[1])
     result = {"data": train.name, "samples": len(images), "pixels": copying(images, train, test, None, args.seed)}
     if args.features:
         net = features.load_features(args.features)

@@ -169,7 +169,11 @@ def train_features(name: str, seed: int = 0) -> dict:
 def load_splits(
     name: str | Path, image_size: int | None = None, channels: int | None = None, labels: bool = False
 ) -> tuple[ImageData, ImageData]:
-    """The training and the test images, all of one size: none are kept larger for random crops. Says what was read."""
+    """The training and the test images, all of one size: none are kept larger for random crops. Says what was read.
+
+    channels: what own images are to have, where they are grey or read as RGB; built-in data has its own.
+    """
+    channels = None if str(name) in DATASETS else channels
     train, test = (load_data(name, split, image_size, channels, labels) for split in ("train", "test"))
     say(describe(train, test, labels))
     if train.images.shape[-1] != train.image_size:
@@ -271,12 +275,14 @@ def make_reference(net: FeatureNet, train: ImageData, test: ImageData, seed: int
 
 
 def load_reference(
-    name: str | Path, net: FeatureNet, image_size: int | None = None
+    name: str | Path, net: FeatureNet, image_size: int | None = None, labelled: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """What `make_reference` made of data set `name` in the features of `net`, and its facts. Raises UserError.
 
     Of the classifier's own data set it is in checkpoints/; of another one it is computed, which needs the images. These
     are loaded at `image_size`, the samples' (None: the classifier's), and from there shrunk as samples are.
+
+    labelled: the samples have labels, so images beside the class folders are left out, as in a conditional training.
     """
     if Path(name).name == net.name:
         path = checkpoint_path("reference", name)
@@ -287,8 +293,13 @@ def load_reference(
         counts = f"{facts['train_images']:,} images for training, {facts['test_images']:,} held out"
         say(f"data: {counts}; {size} {kind}; {len(net.classes)} classes: {', '.join(net.classes)}")
         return reference, facts | {"sha256": sha256(path)}
-    channels = None if str(name) in DATASETS else net.image_shape[0]
-    train, test = load_splits(name, image_size or net.image_shape[-1], channels)
+    size, channels = image_size or net.image_shape[-1], net.image_shape[0]
+    try:
+        train, test = load_splits(name, size, channels, labelled)
+    except UserError:
+        if not labelled:
+            raise
+        train, test = load_splits(name, size, channels)  # samples with labels may be compared with images without
     train.images, test.images = shrink(net, train.images), shrink(net, test.images)
     check_shape(net, test.images)
     reference = make_reference(net, train, test)

@@ -32,8 +32,6 @@ from utils import ROOT, UserError, atomic_path, progress, say, to_model
 CACHE = ROOT / ".cache"  # decoded photographs; deleting it only costs the time to decode them again
 Image.MAX_IMAGE_PIXELS = 210_000_000  # phones make 200 megapixels; Pillow warns above this and refuses twice as many
 warnings.filterwarnings("ignore", module="PIL")  # of metadata that is damaged, which does not matter here
-
-
 HEIC = (".heic", ".heif", ".hif")
 NO_HEIC = "in HEIC, which needs `pip install pillow-heif`"
 SPLIT_NAMES = {"train": "train|training", "test": "test|testing", "validation": "val|valid|validation|dev|eval"}
@@ -179,10 +177,7 @@ def load_data(
 
 
 def describe(train: ImageData, test: ImageData | None, labels: bool) -> str:
-    """The line `data: ...` that says what was read, and below it, if anything was left out, what and why.
-
-    labels: whether they are used, and the classes named.
-    """
+    """What was read (its classes, too, where labels are used), and in a line below what was left out and why."""
     size, kind = train.image_size, "grey" if train.images.shape[1] == 1 else "RGB"
     line = f"data: {len(train):,} images for training, {len(test) if test else 0:,} held out; {size} x {size} {kind}"
     if labels and train.labels is not None:
@@ -307,9 +302,7 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, row:
         return _load_images(root, listings[part].files, side)
 
     kept, images = read(split)
-    unreadable = sorted(set(range(len(files))) - set(kept.tolist()))
-    for i in unreadable:
-        left_out.setdefault(why_unreadable(files[i]), []).append(_below(root, files[i]))
+    _sort_by_reason(root, [files[i] for i in sorted(set(range(len(files))) - set(kept.tolist()))], left_out)
     y = np.array(labels_of)[kept]
     empty = sorted(set(labels_of) - set(y.tolist()))
     if not len(y) or (labels and empty):
@@ -345,7 +338,7 @@ def _list_splits(root: Path, labels: bool, left_out: dict[str, list[str]]) -> di
         names = [_below(root, file) for file in _files_below(other) if is_image(file)]
         left_out.setdefault("in folders that are neither trained on nor held out", []).extend(names)
     if test is None:
-        order = sorted(range(len(train.files)), key=lambda i: zlib.crc32(_bytes_below(folder, train.files[i])))
+        order = sorted(range(len(train.files)), key=lambda i: zlib.crc32(os.fsencode(_below(folder, train.files[i]))))
         tenth = len(order) // 10
         train, test = train.select(sorted(order[tenth:])), train.select(sorted(order[:tenth]))
     return {"train": train, "test": test}
@@ -433,10 +426,7 @@ def is_image(file: Path) -> bool:
 
 
 def split_folders(root: Path) -> tuple[Path, Path | None, list[Path]]:
-    """The folder of training images, the one that is held out (None: a part of the first), and those of neither.
-
-    Folders that only wrap another one are opened. Raises UserError where a folder called train might be a class.
-    """
+    """The folder of training images, the one that is held out (None: a part of the first), and those of neither."""
     folder = _open(root)
     own, below = _contents(folder)
     kinds: dict[str, list[Path]] = {"train": [], "test": [], "validation": [], "": []}
@@ -556,27 +546,20 @@ def describe_folder(name_or_path: str | Path) -> str | None:
 
 def _data_files(folder: Path) -> list[Path]:
     """The images of both splits; all files of a folder that holds the data in other formats."""
-    train, test, _ = split_folders(folder)
-    images = [
-        file for part in (train, test) if part and any(_contents(part)) for file in list_images(part, False).files
-    ]
-    return images or list(_files_below(folder))
+    parts = [part for part in split_folders(folder)[:2] if part and any(_contents(part))]
+    return [file for part in parts for file in list_images(part, False).files] or list(_files_below(folder))
 
 
 def _file_facts(folder: Path, files: Iterable[Path]) -> Iterator[tuple[bytes, os.stat_result]]:
     """Each file's path below the folder, and its size and times. A link to nowhere has none, and is passed over."""
     for file in files:
         with contextlib.suppress(OSError):
-            yield _bytes_below(folder, file), file.stat()
+            yield os.fsencode(_below(folder, file)), file.stat()
 
 
 def _below(folder: Path, file: Path) -> str:
-    return os.fsdecode(_bytes_below(folder, file))
-
-
-def _bytes_below(folder: Path, file: Path) -> bytes:
     """The file's path relative to the folder it is in (Path.relative_to takes a second for 50,000 files)."""
-    return os.fsencode(file)[len(os.fsencode(folder)) + 1 :]
+    return str(file)[len(str(folder)) + 1 :]
 
 
 # --- from files to pixels -----------------------------------------------------------------------------------------
@@ -727,13 +710,17 @@ def _read_all(folder: Path, files: list[Path], read: Callable, value: np.dtype, 
         return np.frombuffer(buffer.getbuffer(), record)
 
 
+def _sort_by_reason(folder: Path, files: list[Path], left_out: dict[str, list[str]]) -> dict[str, list[str]]:
+    """`left_out`, with these unreadable files added."""
+    for file in files:
+        left_out.setdefault(why_unreadable(file), []).append(_below(folder, file))
+    return left_out
+
+
 def say_left_out(folder: Path, files: list[Path], total: int) -> None:
     """Say which files are no readable images, and why, if any."""
-    reasons: dict[str, list[str]] = {}
-    for file in files:
-        reasons.setdefault(why_unreadable(file), []).append(_below(folder, file))
     if files:
-        say(f"{folder}: left out {len(files)} of {total:,} files: {_count(reasons)}")
+        say(f"{folder}: left out {len(files)} of {total:,} files: {_count(_sort_by_reason(folder, files, {}))}")
 
 
 def is_grey(images: np.ndarray) -> bool:

@@ -366,6 +366,8 @@ def check_settings(config, started, out):
             if ours.get(name) != theirs.get(name) and name != "steps":
                 settings = f"{name} = {theirs.get(name)}, not {ours.get(name)}"
                 hint = "--resume goes on with the same settings only; use another --out"
+                if name == "folder":
+                    hint = f"other images are there now; {hint}"
                 raise UserError(f"{out} was started with {settings}: {hint}")
 
 
