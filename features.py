@@ -289,9 +289,9 @@ def load_reference(
         reference, facts = read_tensors(path, f"run `python evaluate.py train-features {name}`")
         if facts["features_sha256"] != net.sha256:
             raise UserError(f"{path.name} was made with other weights: run `python evaluate.py train-features {name}`")
-        kind, size = "grey" if net.image_shape[0] == 1 else "RGB", f"{net.image_shape[1]} x {net.image_shape[2]}"
+        shape = f"{net.image_shape[1]} x {net.image_shape[2]} {'grey' if net.image_shape[0] == 1 else 'RGB'}"
         counts = f"{facts['train_images']:,} images for training, {facts['test_images']:,} held out"
-        say(f"data: {counts}; {size} {kind}; {len(net.classes)} classes: {', '.join(net.classes)}")
+        say(f"data: {counts}; {shape}; {len(net.classes)} classes: {', '.join(net.classes)}")
         return reference, facts | {"sha256": sha256(path)}
     size, channels = image_size or net.image_shape[-1], net.image_shape[0]
     try:
