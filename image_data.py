@@ -306,7 +306,8 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, row:
     y = np.array(labels_of)[kept]
     empty = sorted(set(labels_of) - set(y.tolist()))
     if not len(y) or (labels and empty):
-        raise UserError(f"{root} has no readable image" + (f" of the class {classes[empty[0]]}" if empty else ""))
+        of_class = f" of the class {classes[empty[0]]}" if classes and empty else ""
+        raise UserError(f"{root} has no readable image{of_class}")
     other = "test" if split == "train" else "train"
     grey = row.channels is None and is_grey(images) and (not listings[other].files or is_grey(read(other)[1]))
     if grey:

@@ -243,6 +243,11 @@ def test_folders_without_images_are_refused(tmp_path):
     assert load_data(tmp_path).classes == ["a"]
     with pytest.raises(UserError, match="fashion_mnist, cifar10, cifar10-64, landscapes"):
         load_data(tmp_path / "not there")
+    damaged = tmp_path / "damaged/x.png"
+    picture(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:60])  # with its size, without its pixels
+    with pytest.raises(UserError, match="no readable image$"):
+        load_data(damaged.parent)
 
 
 # --- which files count --------------------------------------------------------------------------------------------
