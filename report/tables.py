@@ -47,7 +47,7 @@ def results_table():
         sweep = [row for row in read_result(path.stem)["rows"] if row["weights"] == "ema"]
         best = min(sweep, key=lambda row: row["quality"]["frechet_distance"])
         for row in sweep:
-            if row["cfg_scale"] in (1, 3) or row is best:
+            if row["cfg_scale"] == 1 or row is best:
                 guidance = "no guidance" if row["cfg_scale"] == 1 else f"`--cfg-scale {row['cfg_scale']:g}`"
                 rows.append(quality_row(f"{DATASETS[row['quality']['data']].title}, {guidance}", row["quality"]))
     return table(["model", "Fréchet distance", "floor", "label agreement"], rows)
