@@ -43,10 +43,10 @@ def guided(model, labels=None, cfg_scale=0.0, cfg_interval=None):
     conditional = with_labels(model, labels)
     if labels is None or cfg_scale in (0, 1):
         return conditional
-    low, high = cfg_interval or (0, float("inf"))
 
     def eps_model(x, t):
-        if not low <= t[0] <= high:  # a sampler's images are all at the same t
+        # A sampler's images are all at the same t. Reading it makes a GPU wait, so only where there is an interval.
+        if cfg_interval is not None and not cfg_interval[0] <= t[0] <= cfg_interval[1]:
             return conditional(x, t)
         both_labels = torch.cat([labels, torch.full_like(labels, -1)])
         both = with_labels(model, both_labels)(torch.cat([x, x]), torch.cat([t, t]))

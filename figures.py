@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from ddpm import SCHEDULES, Diffusion
-from image_data import load_data
+from image_data import DATASETS, load_data
 from utils import ROOT, atomic_path, generator, image_grid, progress, sha256, to_uint8, write_json
 
 FIGURES = ROOT / "report/figures"
@@ -231,7 +231,6 @@ def frontier(sweeps):
 
     Points are guidance scales. Two kinds of weights can be compared at equal label agreement: above one another.
     """
-    titles = {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
     fig, axes = subplots(len(sweeps), 2, height=1.95 * len(sweeps), squeeze=False)
     measures = {"Fréchet distance": "frechet_distance", "recall": "recall"}
     for line, (name, rows) in zip(axes, sweeps.items(), strict=True):
@@ -247,7 +246,7 @@ def frontier(sweeps):
                         where = {"textcoords": "offset points", "xytext": offset, "ha": "center"}
                         axis.annotate(f"{r['cfg_scale']:g}", point, fontsize=7.5, **where)
             axis.margins(0.06, 0.14)
-            axis.set(xlabel="label agreement, %", ylabel=label, title=titles.get(name, name))
+            axis.set(xlabel="label agreement, %", ylabel=label, title=DATASETS[name].title)
         ticks = [0.05, 0.1, 0.2, 0.5, 1, 2]
         line[0].set(yscale="log", yticks=ticks, yticklabels=map(str, ticks))
         line[0].minorticks_off()
