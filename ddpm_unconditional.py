@@ -8,6 +8,7 @@ python ddpm_unconditional.py sample --checkpoint runs/cosine_huber/model.safeten
 import argparse
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -60,66 +61,52 @@ SAMPLER = {"sampler": "ddpm", "steps": 100, "seed": 0}
 
 
 def run_grid(args):
-    """Train, publish and measure the experiments one by one; what is finished is skipped, what was interrupted goes on.
+    """Train, measure and publish the experiments one by one; what was interrupted or is longer now goes on.
 
     Several of these commands share the work: an experiment that another process holds is left to it.
     """
-    check_measurable(args)
     names = args.only or list(GRID)
-    if unknown := [name for name in names if name not in EXPERIMENTS]:
-        raise UserError(f"no experiment is called {unknown[0]!r}: choose from {', '.join(EXPERIMENTS)}")
     check_free(args, names)
+    check_measurable(args)
     for i, name in enumerate(names):
         folder = args.out / name
         say(f"{name} ({i + 1} of {len(names)})")
         try:
-            settings = argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True})
-            if is_finished(folder, args.device):
-                check_finished(settings)
-            else:
-                cli.run_train(settings)
+            cli.run_train(argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True}))
             if training.is_main():
                 with training.locked(folder):
-                    if not (folder / "result.json").exists():
+                    if not is_measured(folder, args.n):
                         measure(name, folder, args.data, args.n, args.device)
         except training.Held as held:
             say(str(held))
-    if not training.is_main():
-        return
-    results = [
-        json.loads(path.read_text()) for name in EXPERIMENTS if (path := args.out / name / "result.json").exists()
-    ]
-    write_json(args.out / "grid.json", results)
-    if args.publish:
-        for result in results:
-            source = args.out / result["name"] / "ema.safetensors"
-            with atomic_path(ROOT / f"checkpoints/grid_{result['name']}.safetensors") as temporary:
-                temporary.write_bytes(source.read_bytes())
-        path = ROOT / "report/results/grid.json"
-        published = json.loads(path.read_text())["runs"] if path.exists() else []  # by other machines, perhaps
-        rows = {result["name"]: result for result in published + results}
-        runs = [rows[name] for name in EXPERIMENTS if name in rows]
-        command = " ".join(["python ddpm_unconditional.py grid --publish --only", *(run["name"] for run in runs)])
-        write_json(path, {"command": command, "runs": runs})
-    print(f"wrote {args.out / 'grid.json'}: {len(results)} experiments")
+    if training.is_main():
+        finished = [args.out / name / "result.json" for name in EXPERIMENTS]
+        results = [json.loads(path.read_text()) for path in finished if path.exists()]
+        write_json(args.out / "grid.json", results)
+        if args.publish:
+            publish(args.out, results)
+        print(f"wrote {args.out / 'grid.json'}: {len(results)} experiments")
+
+
+def publish(out, results):
+    """Copy the weights to checkpoints/, and the results to report/results/grid.json beside those of other machines."""
+    for result in results:
+        with atomic_path(ROOT / f"checkpoints/grid_{result['name']}.safetensors") as temporary:
+            shutil.copyfile(out / result["name"] / "ema.safetensors", temporary)
+    path = ROOT / "report/results/grid.json"
+    rows = json.loads(path.read_text())["runs"] if path.exists() else []
+    rows = {row["name"]: row for row in rows + results}
+    runs = [rows[name] for name in EXPERIMENTS if name in rows]
+    command = " ".join(["python ddpm_unconditional.py grid --publish --only", *(run["name"] for run in runs)])
+    write_json(path, {"command": command, "runs": runs})
 
 
 def check_free(args, names):
     """Raise UserError for a flag that an experiment would override: what sets it apart from the others is its own."""
     for name in names:
         for flag, value in EXPERIMENTS[name].items():
-            if getattr(args, flag) not in (value, args.defaults[flag]):
-                raise UserError(
-                    f"{name} has its own --{flag}, {value}: leave --{flag} out, or choose others with --only"
-                )
-        if args.minutes and "epochs" in EXPERIMENTS[name]:
-            raise UserError(f"{name} is defined by its epochs: leave --minutes out, or this experiment")
-
-
-def is_finished(folder, device):
-    """True if the run has its model; the same in all processes of torchrun, whenever each of them looks."""
-    with training.process_group(device) as (_, world):
-        return training.any_process((folder / "model.safetensors").exists(), world, pick_device(device))
+            if getattr(args, flag) not in (value, args.defaults[flag]) or (flag == "epochs" and args.minutes):
+                raise UserError(f"{name} has its own --{flag}, {value}: leave that out, or choose others with --only")
 
 
 def check_measurable(args):
@@ -131,19 +118,11 @@ def check_measurable(args):
     evaluate.check_count(args.n, net.head.in_features)
 
 
-def check_finished(args):
-    """Raise UserError where the finished experiment in args.out had other settings than the flags ask for."""
-    _, config = cli.load_training(args)
-    _, trained = read_checkpoint(args.out / "model.safetensors")
-    training.check_settings(config, trained, args.out)
-    if config["train"]["steps"] != trained["train"]["steps"]:
-        raise UserError(
-            f"{args.out} was trained for {trained['train']['steps']} steps, not {config['train']['steps']}: "
-            "use another --out"
-        )
-    path = args.out / "result.json"
-    if path.exists() and (n := json.loads(path.read_text())["sampler"]["n"]) != args.n:
-        raise UserError(f"{args.out} was measured over {n} samples, not {args.n}: delete {path}")
+def is_measured(folder, n):
+    """Whether the run's result is of its weights as they are now, and of n samples."""
+    path = folder / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {"config": None}
+    return result["config"] == read_checkpoint(folder / "model.safetensors")[1] and result["sampler"]["n"] == n
 
 
 def first_images(data, n):
@@ -199,7 +178,8 @@ def main(argv=None):
     grid = commands.add_parser("grid", help=help)
     cli.add_train_flags(grid, conditional=False, shape={})
     grid.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs")
-    grid.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(EXPERIMENTS)}")
+    names = list(EXPERIMENTS)
+    grid.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"some of: {', '.join(names)}")
     grid.add_argument("--n", type=positive, default=2000, help="samples to measure")
     grid.add_argument(
         "--publish", action="store_true", help="also write checkpoints/grid_* and report/results/grid.json"
