@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -295,8 +296,8 @@ def test_resume_to_more_steps_is_the_longer_run(finished, tiny_data, tmp_path):
     assert_same(contents(tmp_path), contents(finished))
 
 
-def test_resume_with_a_cooldown(tiny_data, tmp_path, stop_after, monkeypatch, capsys):
-    """The learning rate is a function of the step and the length alone. A run made longer says that it rises again."""
+def test_resume_with_a_cooldown(tiny_data, tmp_path, stop_after, monkeypatch):
+    """The learning rate is a function of the step and the length alone."""
     train(tiny_config(cooldown=0.5), tiny_data, tmp_path / "whole")
     stop_after(8)
     with pytest.raises(KeyboardInterrupt):
@@ -304,9 +305,6 @@ def test_resume_with_a_cooldown(tiny_data, tmp_path, stop_after, monkeypatch, ca
     monkeypatch.undo()
     train(tiny_config(cooldown=0.5), tiny_data, tmp_path / "parts", resume=True)
     assert_same(contents(tmp_path / "parts"), contents(tmp_path / "whole"))
-    assert "rises again" not in capsys.readouterr().err
-    train(tiny_config(cooldown=0.5, steps=20), tiny_data, tmp_path / "parts", resume=True)
-    assert "rises again" in capsys.readouterr().err
 
 
 def test_states_of_older_versions_go_on(finished, tiny_data, tmp_path, stop_after, monkeypatch):
@@ -380,7 +378,7 @@ def test_minutes(tiny_data, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "fixed at 30 steps: --epochs makes it longer" in err and "1 minutes are 30 steps here" in err
     train(tiny_config(steps=None), tiny_data, tmp_path / "short", minutes=0.5)  # as 15 steps would take
-    assert "the run has 20 steps: 0.5 minutes would be fewer" in capsys.readouterr().err
+    assert "0.5 minutes are 15 steps here, and 20 are made already" in capsys.readouterr().err
     assert load_state(tmp_path / "short")[0]["step"] == 20
 
 
@@ -705,10 +703,10 @@ def test_a_second_process_is_refused(tiny_data, tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(code, "no") for code in training.NO_LOCKS] + [NotImplementedError()])
 def test_a_file_system_without_locks(tiny_data, tmp_path, monkeypatch, capsys, error):
-    def acquire(lock):
+    def flock(file, operation):
         raise error
 
-    monkeypatch.setattr(training.FileLock, "acquire", acquire)
+    monkeypatch.setattr(fcntl, "flock", flock)
     train(tiny_config(steps=1), tiny_data, tmp_path / "run")
     assert "without locks" in capsys.readouterr().err and (tmp_path / "run/model.safetensors").exists()
 
