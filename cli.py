@@ -9,33 +9,13 @@ from pathlib import Path
 import torch
 
 import training
+import utils
 import weights
 from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, beta_schedule, noise_level
 from ddpm_conditional import guided, predictor
 from image_data import DATASETS, decode_image, describe, describe_folder, load_data
 from modules import BLOCKS
-from utils import (
-    PRECISIONS,
-    ArgumentParser,
-    UserError,
-    autocast,
-    check_writable,
-    generator,
-    image_grid,
-    natural,
-    number,
-    pick_device,
-    pick_precision,
-    positive,
-    progress,
-    save_gif,
-    save_grid,
-    say,
-    sha256,
-    stream_samples,
-    to_model,
-    to_uint8,
-)
+from utils import UserError, natural, number, positive, say
 
 MODELS = {"patch": "PatchUNet", "course": "UNet"}
 SHAPE_FLAGS = ["width", "mults", "depth", "patch", "block", "attention"]  # PatchUNet's
@@ -46,7 +26,7 @@ OWN_STEPS, OWN_BATCH_SIZE = 2000, 32
 
 def make_parser(description, data, shape, conditional=False):
     """The parser and its subcommands; `train` by default trains a PatchUNet of the given shape on `data`."""
-    parser = ArgumentParser(description=description)
+    parser = utils.ArgumentParser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="train a model")
@@ -117,7 +97,7 @@ def add_train_flags(parser, conditional, shape):
     if conditional:
         add("--p-uncond", type=number(float, 0, 1), default=0.1, help="how often the label is dropped")
         add("--label-dropout", choices=["example", "batch"], default="example", help="one coin per image, or per batch")
-    add("--precision", choices=list(PRECISIONS), help="default: the fastest the device really has")
+    add("--precision", choices=list(utils.PRECISIONS), help="default: the fastest the device really has")
     add("--compile", dest="compiled", action="store_true", help="torch.compile the network")
     add("--accumulate", type=positive, default=1, help="passes per optimizer step: same batch, less memory")
     add("--sample-every", type=number(int, 0), default=500, help="steps between sample grids; 0: none")
@@ -203,7 +183,7 @@ def make_config(args, data):
 def describe_init(path):
     """What a run remembers of the checkpoint that it starts from; "images": how many that one had seen."""
     file, (_, config) = weights.find_checkpoint(path), weights.read_checkpoint(path)
-    return {"checkpoint": file.name, "sha256": sha256(file), "images": weights.images_seen(config["train"])}
+    return {"checkpoint": file.name, "sha256": utils.sha256(file), "images": weights.images_seen(config["train"])}
 
 
 def load_training(args):
@@ -294,8 +274,8 @@ def run_sample(args):
         raise UserError(f"--eta is for --sampler {others} (DDPM's noise is --variance posterior or beta)")
     if args.sampler != "ddpm" and args.variance:
         raise UserError(f"--variance is for --sampler ddpm: {args.sampler}'s noise is --eta")
-    check_writable(args.out)
-    device = pick_device(args.device)
+    utils.check_writable(args.out)
+    device = utils.pick_device(args.device)
     kind = {None: None, True: "ema", False: "raw"}[args.ema]
     model, diffusion, config = weights.load_checkpoint(args.checkpoint, kind, device, args.image_size)
     shape, x_T = weights.image_shape(model, config), None
@@ -308,32 +288,32 @@ def run_sample(args):
     options["variance"] = args.variance or "posterior"
     source = options | {
         "checkpoint": args.checkpoint.name,
-        "sha256": sha256(weights.find_checkpoint(args.checkpoint)),
+        "sha256": utils.sha256(weights.find_checkpoint(args.checkpoint)),
         "weights": config["weights"],
         "eta": noise_level(args.sampler, args.eta),
         "steps": diffusion.step_count(args.sampler, args.steps),
         "variance": options["variance"] if args.sampler == "ddpm" else None,
         "start_from": args.start_from and [args.start_from.name, args.strength],
-        "dtype": pick_precision(device),
+        "dtype": utils.pick_precision(device),
         **guidance,
     }
     columns = math.ceil(args.n**0.5)
-    with autocast(device):
+    with utils.autocast(device):
         if suffix == ".gif":
             eps_model = guided(model, labels, **guidance)
             steps = diffusion.trajectory(eps_model, shape, range(args.n), x_T=x_T, **options)
-            bar = progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")
+            bar = utils.progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")
             shown = frames_shown(source["steps"] + 1)  # all of them would be gigabytes
-            save_denoising_gif([to_uint8(x).cpu() for i, x in enumerate(bar) if i in shown], args.out, columns)
+            save_denoising_gif([utils.to_uint8(x).cpu() for i, x in enumerate(bar) if i in shown], args.out, columns)
         else:
             options |= {"batch_size": args.batch_size, "x_T": x_T}
-            bar = functools.partial(progress, unit="step", desc="sampling")
+            bar = functools.partial(utils.progress, unit="step", desc="sampling")
             eps_models = predictor(model, labels, **guidance)
-            batches = map(to_uint8, diffusion.sample_batches(eps_models, args.n, shape, progress=bar, **options))
+            batches = map(utils.to_uint8, diffusion.sample_batches(eps_models, args.n, shape, progress=bar, **options))
             if suffix == ".png":
-                save_grid(torch.cat(list(batches)), args.out, columns)
+                utils.save_grid(torch.cat(list(batches)), args.out, columns)
             else:
-                stream_samples(args.out, batches, (args.n, *shape[1:], shape[0]), labels, source)
+                utils.stream_samples(args.out, batches, (args.n, *shape[1:], shape[0]), labels, source)
     print(f"wrote {args.out}")
 
 
@@ -356,9 +336,9 @@ def begin_at(path, strength, diffusion, n, shape, seed):
     image = decode_image(path, shape[-1])
     if image is None:
         raise UserError(f"--start-from {path} is no readable image")
-    x0 = to_model(torch.from_numpy(image.copy()).permute(2, 0, 1))
+    x0 = utils.to_model(torch.from_numpy(image.copy()).permute(2, 0, 1))
     x0 = (x0 if shape[0] == 3 else x0.mean(0, keepdim=True)).expand(n, *shape)
-    noise = torch.stack([torch.randn(shape, generator=generator(seed, i, 1)) for i in range(n)])
+    noise = torch.stack([torch.randn(shape, generator=utils.generator(seed, i, 1)) for i in range(n)])
     first = diffusion.respaced(list(range(max(1, round(strength * diffusion.timesteps)))))
     x0, noise = x0.to(first.betas.device), noise.to(first.betas.device)
     return first, first.q_sample(x0, torch.full((n,), first.timesteps - 1, device=x0.device), noise)
@@ -373,8 +353,8 @@ def frames_shown(count, longest=60):
 # Homework TODO 876: a GIF of the denoising
 def save_denoising_gif(frames, path, columns, scale=2, longest=60):
     """A GIF of the denoising: at most `longest` of the x_t, evenly spaced, the sample held for a second at the end."""
-    pictures = [image_grid(frames[i], columns, scale=scale) for i in frames_shown(len(frames), longest)]
-    save_gif(pictures, path, fps=20, hold=1)
+    pictures = [utils.image_grid(frames[i], columns, scale=scale) for i in frames_shown(len(frames), longest)]
+    utils.save_gif(pictures, path, fps=20, hold=1)
 
 
 # --- publish ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ the global batch. So on a CPU a run that was killed and resumed ends with the sa
 several processes each take their slice of the same batch.
 
 A run folder holds:
-    state_STEP_HASH.pt   everything needed to go on: the newest two
+    state_STEP_HASH.pt   all that is needed to go on: the newest two
     samples_STEP.png     the same noise, denoised by the averaged weights as training goes on
     model.safetensors    the finished weights, with the configuration and the loss of every step inside
     config.json          the finished run's configuration, to read
@@ -33,24 +33,12 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+import utils
 import weights
 from ddpm_conditional import drop_labels, with_labels
 from image_data import augment
 from modules import EMA
-from utils import (
-    UserError,
-    autocast,
-    generator,
-    is_out_of_memory,
-    look_up,
-    pick_device,
-    pick_precision,
-    progress,
-    save_grid,
-    say,
-    to_uint8,
-    write_json,
-)
+from utils import UserError, say
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 # How the timesteps of a batch of n are drawn. "vlb" draws t in proportion to its weight in the variational bound:
@@ -96,7 +84,7 @@ class Run:
         self.rank, self.world, self.accumulate, self.compiled = rank, world, accumulate, compiled
         settings = config["train"] = DEFAULTS | config["train"]
         if settings["precision"] is None:  # it is found by timing, and all processes must agree
-            settings["precision"] = gather(pick_precision(self.device), world)[0]
+            settings["precision"] = gather(utils.pick_precision(self.device), world)[0]
         torch.manual_seed(settings["seed"])
         self.model = weights.build_model(config["model"]).to(self.device, memory_format=torch.channels_last).train()
         weights.check_image_size(self.model, config["data"]["image_size"])
@@ -111,17 +99,18 @@ class Run:
     def start_from(self, path):
         """Take over the weights of a checkpoint, raw and averaged, as far as it has both."""
         tensors, config = weights.read_checkpoint(path)
-        kinds = {name.split("/")[0] for name in tensors}
-        if "raw" not in kinds:
+        has_raw = any(name.startswith("raw/") for name in tensors)
+        if not has_raw:
             say(f"{path} has no raw weights: training starts from {weights.find_kind(tensors, None, config, path)}")
-        kind_of = dict.fromkeys(self.ema_models.values()) | {self.model: "raw" if "raw" in kinds else None}
-        for network, kind in kind_of.items():
+        for network in (self.model, *self.ema_models.values()):
+            kind = "raw" if has_raw and network is self.model else None
             state, own = weights.select_weights(tensors, kind, config, path), network.state_dict()
-            there, here = (s.pop("label_emb.weight", torch.zeros(0, 0)) for s in (state, own))
-            if len(there) != len(here):
-                say(f"{path} was trained on {len(there)} classes, not {len(here)}: the labels are learnt anew")
-                there = here
-            weights.load_weights(network, state | ({"label_emb.weight": there} if len(here) else {}), path)
+            there, here = (len(s.get("label_emb.weight", ())) for s in (state, own))
+            if there != here:
+                say(f"{path} was trained on {there} classes, not {here}: the labels are learnt anew")
+                state.pop("label_emb.weight", None)
+                state |= {name: w for name, w in own.items() if name == "label_emb.weight"}
+            weights.load_weights(network, state, path)
 
     def state(self):
         """All that is needed to go on from here, for torch.save."""
@@ -165,7 +154,7 @@ def steps(run):
             # the processes exchange gradients once a step, after its last part
             network.require_backward_grad_sync = len(losses) == run.accumulate - 1
             # Homework TODO 89-94: the training step; drop_labels has already dropped some of the labels
-            with autocast(run.device, settings["precision"]):
+            with utils.autocast(run.device, settings["precision"]):
                 loss = run.diffusion.loss(with_labels(network, labels), x0, t, noise, settings["loss"]) / run.accumulate
             run.scaler.scale(loss).backward()
             losses.append(loss.detach())
@@ -198,10 +187,10 @@ def parts_of_batch(run):
 def draw_batch(data, config, step, diffusion):
     """Everything random about a step's global batch: x0 and noise (N x C x H x W), t and labels (int64, N; or None)."""
     train = DEFAULTS | config["train"]
-    g = generator(train["seed"], 1, step)
+    g = utils.generator(train["seed"], 1, step)
     index = draw_indices(train["seed"], step, train["batch_size"], len(data.images))
     x0 = augment(data, index, g)
-    t = look_up(TIMESTEP_SAMPLING, train["timestep_sampling"], "timestep sampling")(diffusion, len(x0), g)
+    t = utils.look_up(TIMESTEP_SAMPLING, train["timestep_sampling"], "timestep sampling")(diffusion, len(x0), g)
     # Homework TODO 556: the random noise
     noise = torch.randn(x0.shape, generator=g)
     labels = None
@@ -218,7 +207,7 @@ def draw_indices(seed, step, batch_size, count):
 
 @functools.lru_cache(maxsize=1)
 def epoch_order(seed, epoch, count):
-    return torch.randperm(count, generator=generator(seed, 0, epoch)).tolist()
+    return torch.randperm(count, generator=utils.generator(seed, 0, epoch)).tolist()
 
 
 def keep_freed_memory():
@@ -259,7 +248,7 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
         try:
             folder = RunFolder(out, rank, world)
             state = folder.open(config, resume)
-            run = Run(config, data, pick_device(device), rank, world, **options)
+            run = Run(config, data, utils.pick_device(device), rank, world, **options)
             if state is not None:
                 run.restore(state)
             else:
@@ -273,7 +262,7 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
             if options.get("compiled") and isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 reason = "torch.compile does not work here (has this machine a C++ compiler?)"
                 raise UserError(f"{reason}: leave --compile out") from error
-            if not is_out_of_memory(error):
+            if not utils.is_out_of_memory(error):
                 raise
             smaller = f"--batch-size {max(1, batch_size // 2)}"
             raise UserError(
@@ -291,7 +280,9 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
                 f"the run's length was fixed at {settings['steps']} steps: --epochs makes it longer, --minutes does not"
             )
         tell_if_short(run)
-    bar = progress(total=settings["steps"], initial=run.step, unit="step", desc=folder.path.name, disable=run.rank > 0)
+    bar = utils.progress(
+        total=settings["steps"], initial=run.step, unit="step", desc=folder.path.name, disable=run.rank > 0
+    )
     # The first step also warms up, and compiles: it is not timed.
     timed_to = TIMED_STEPS if settings["steps"] is None else run.step + 6
     timed_from, started = min(run.step + 1, timed_to - 1), time.monotonic()
@@ -310,7 +301,11 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
             elif run.step == timed_to:
                 seconds = (time.monotonic() - started) / (timed_to - timed_from)
                 if settings["steps"] is None:
-                    fix_length(run, minutes, seconds)
+                    wanted = min(MAX_STEPS, gather(round(60 * minutes / seconds), run.world)[0])
+                    settings["steps"] = max(run.step, wanted)
+                    made = f", and {run.step} are made already" if wanted < run.step else ""
+                    tell(f"{minutes:g} minutes are {wanted} steps here{made}")
+                    tell_if_short(run)
                     bar.reset(total=settings["steps"])
                     bar.update(run.step)
                     folder.save(run)
@@ -327,15 +322,6 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
             if folder.save_is_due():
                 folder.save(run)
     folder.finish(run)
-
-
-def fix_length(run, minutes, step_seconds):
-    """Settle how many steps --minutes are, once a step's time is known."""
-    wanted = gather(round(60 * minutes / step_seconds), run.world)[0]
-    run.config["train"]["steps"] = min(MAX_STEPS, max(run.step, wanted))
-    made = f", and {run.step} are made already" if wanted < run.step else ""
-    tell(f"{minutes:g} minutes are {min(MAX_STEPS, wanted)} steps here{made}")
-    tell_if_short(run)
 
 
 def tell_if_short(run):
@@ -441,11 +427,11 @@ class RunFolder:
         model = next(iter(run.ema_models.values()), run.model)
         labels = torch.arange(n) % model.num_classes if model.num_classes else None
         shape = weights.image_shape(model, run.config)
-        with autocast(run.device, run.config["train"]["precision"]):
+        with utils.autocast(run.device, run.config["train"]["precision"]):
             for x in run.diffusion.trajectory(with_labels(model, labels), shape, range(n), sampler="dpm"):
                 if stop_requested():
                     return
-        save_grid(to_uint8(x).cpu(), self.path / f"samples_{run.step:08d}.png", columns=8)
+        utils.save_grid(utils.to_uint8(x).cpu(), self.path / f"samples_{run.step:08d}.png", columns=8)
 
     def finish(self, run):
         if self.last_step != run.step:
@@ -453,7 +439,7 @@ class RunFolder:
         if self.rank == 0:
             states = {kind: model.state_dict() for kind, model in {"raw": run.model, **run.ema_models}.items()}
             weights.save_checkpoint(self.path / "model.safetensors", states, run.config, torch.tensor(run.losses))
-            write_json(self.path / "config.json", run.config)
+            utils.write_json(self.path / "config.json", run.config)
         gather(None, self.world)  # nobody looks for the weights before they are there
 
 
@@ -510,14 +496,9 @@ def stop_signals():
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-def under_torchrun():
-    """True if torchrun started this process. (A scheduler may set some of its variables, too.)"""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
 def is_main():
     """True in the one process that writes and speaks."""
-    return not under_torchrun() or os.environ["RANK"] == "0"
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 def tell(line):
@@ -536,7 +517,7 @@ def gather(value, world):
 @contextlib.contextmanager
 def process_group(device="auto"):
     """(rank, number of processes) of this process, as torchrun started it; (0, 1) without torchrun."""
-    if not under_torchrun():
+    if not dist.is_torchelastic_launched():
         yield 0, 1
         return
     if not dist.is_initialized():  # once for all runs of this process: PyTorch may hang in a second time
@@ -545,7 +526,7 @@ def process_group(device="auto"):
             if int(os.environ["LOCAL_RANK"]) >= count:
                 raise UserError(f"there are more processes than GPUs: start {count} of them, or add --device cpu")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is put on GPU 0
-        kind = pick_device(device)
+        kind = utils.pick_device(device)
         if int(os.environ["WORLD_SIZE"]) > 1 and (kind.type not in ("cpu", "cuda") or kind.index is not None):
             raise UserError("several processes need --device cpu, or --device cuda for a GPU each")
         # Whoever waits for a process that has failed, in C++, would not notice torchrun's request to end in Python.

@@ -564,7 +564,7 @@ def test_one_variable_is_not_torchrun(monkeypatch):
 
 
 def as_second_of_two_processes(monkeypatch):
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
 
 
@@ -579,7 +579,7 @@ def test_more_processes_than_gpus(monkeypatch, tiny_data, tmp_path):
 @pytest.mark.parametrize("device", ["mps", "cuda:0"])
 def test_several_processes_need_cpus_or_all_gpus(device, monkeypatch, tiny_data, tmp_path):
     as_second_of_two_processes(monkeypatch)
-    monkeypatch.setattr(training, "pick_device", lambda name: torch.device(name))
+    monkeypatch.setattr(utils, "pick_device", lambda name: torch.device(name))
     with pytest.raises(UserError, match="need --device cpu, or --device cuda"):
         train(tiny_config(), tiny_data, tmp_path / "run", device=device)
 
