@@ -164,11 +164,8 @@ def make_config(args, data):
         "model": model,
         "diffusion": {"timesteps": args.timesteps, "schedule": args.schedule, "objective": args.objective},
         "data": {
-            "name": data.name,
-            "image_size": data.image_size,
-            "flip": data.flip,
+            **{name: getattr(data, name) for name in ("name", "image_size", "flip", "classes")},
             "images": len(data),
-            "classes": data.classes,
             "folder": describe_folder(args.data),
         },
         "train": {
@@ -184,14 +181,6 @@ def describe_init(path):
     """What a run remembers of the checkpoint that it starts from; "images": how many that one had seen."""
     file, (_, config) = weights.find_checkpoint(path), weights.read_checkpoint(path)
     return {"checkpoint": file.name, "sha256": utils.sha256(file), "images": weights.images_seen(config["train"])}
-
-
-def load_training(args):
-    """The training data that the flags ask for, and the run's configuration."""
-    data = load_data(args.data, "train", args.image_size, args.channels, labels=args.conditional)
-    if args.flip is not None:
-        data.flip = args.flip
-    return data, make_config(args, data)
 
 
 def say_what_to_expect(args, data, config):
@@ -216,7 +205,10 @@ def say_what_to_expect(args, data, config):
 
 
 def run_train(args):
-    data, config = load_training(args)
+    data = load_data(args.data, "train", args.image_size, args.channels, labels=args.conditional)
+    if args.flip is not None:
+        data.flip = args.flip
+    config = make_config(args, data)
     if training.is_main():
         say_what_to_expect(args, data, config)
     options = ("resume", "device", "minutes", "sample_every", "init", "accumulate", "compiled")
@@ -242,20 +234,10 @@ def parse_labels(text, n, num_classes, classes=()):
 
 def find_classes(text, classes):
     """The labels that a list such as "cat, dog" or "0,1" means. A name may be in another case, and may hold commas."""
-
-    def find(word):
-        same = [i for i, name in enumerate(classes) if name == word]
-        similar = [i for i, name in enumerate(classes) if name.casefold() == word.casefold()]
-        if len(found := same or similar) == 1:
-            if word.isdecimal() and int(word) != found[0]:
-                say(f"--labels {word} is the class called {word}, which is number {found[0]}")
-            return found[0]
-        return int(word) if re.fullmatch("-?[0-9]{1,9}", word) else None
-
     labels, words = [], text.split(",")
     while words:
         for length in range(len(words), 0, -1):  # the longest name that fits
-            if (label := find(",".join(words[:length]).strip())) is not None:
+            if (label := find_class(",".join(words[:length]).strip(), classes)) is not None:
                 break
         else:
             names = f" ({', '.join(classes)})" if classes else ""
@@ -263,6 +245,16 @@ def find_classes(text, classes):
         labels.append(label)
         words = words[length:]
     return labels
+
+
+def find_class(word, classes):
+    for spelling in (str, str.casefold):
+        found = [i for i, name in enumerate(classes) if spelling(name) == spelling(word)]
+        if len(found) == 1:
+            if word.isdecimal() and int(word) != found[0]:
+                say(f"--labels {word} is the class called {word}, which is number {found[0]}")
+            return found[0]
+    return int(word) if re.fullmatch("-?[0-9]{1,9}", word) else None
 
 
 def run_sample(args):
@@ -302,9 +294,10 @@ def run_sample(args):
         if suffix == ".gif":
             eps_model = guided(model, labels, **guidance)
             steps = diffusion.trajectory(eps_model, shape, range(args.n), x_T=x_T, **options)
-            bar = utils.progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")
-            shown = frames_shown(source["steps"] + 1)  # all of them would be gigabytes
-            save_denoising_gif([utils.to_uint8(x).cpu() for i, x in enumerate(bar) if i in shown], args.out, columns)
+            count = source["steps"] + 1
+            shown = frames_shown(count)  # all of them would be gigabytes
+            steps = enumerate(utils.progress(steps, total=count, unit="step", desc="sampling"))
+            save_denoising_gif([utils.to_uint8(x).cpu() for i, x in steps if i in shown], args.out, columns)
         else:
             options |= {"batch_size": args.batch_size, "x_T": x_T}
             bar = functools.partial(utils.progress, unit="step", desc="sampling")

@@ -276,13 +276,10 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
     settings, unread = run.config["train"], []
     if settings["steps"] is not None:
         if minutes and run.step >= settings["steps"]:
-            tell(
-                f"the run's length was fixed at {settings['steps']} steps: --epochs makes it longer, --minutes does not"
-            )
+            tell(f"the run's length was fixed at {run.step} steps: --epochs makes it longer, --minutes does not")
         tell_if_short(run)
-    bar = utils.progress(
-        total=settings["steps"], initial=run.step, unit="step", desc=folder.path.name, disable=run.rank > 0
-    )
+    shown = {"unit": "step", "desc": folder.path.name, "disable": run.rank > 0}
+    bar = utils.progress(total=settings["steps"], initial=run.step, **shown)
     # The first step also warms up, and compiles: it is not timed.
     timed_to = TIMED_STEPS if settings["steps"] is None else run.step + 6
     timed_from, started = min(run.step + 1, timed_to - 1), time.monotonic()
@@ -343,7 +340,8 @@ def check_settings(config, started, out):
     for section in config:
         defaults = DEFAULTS if section == "train" else {}
         ours, theirs = (defaults | c.get(section, {}) for c in (config, started))
-        for name in sorted(ours | theirs, key=lambda name: name != "folder"):  # other images change the rest, too
+        first = ("name", "folder")  # which explain differences in the rest
+        for name in sorted(ours | theirs, key=lambda name: name not in first):
             if ours.get(name) != theirs.get(name) and name != "steps":
                 settings = f"{name} = {theirs.get(name)}, not {ours.get(name)}"
                 hint = "--resume goes on with the same settings only; use another --out"
