@@ -85,14 +85,8 @@ def add_train_flags(parser, conditional, shape):
     add("--patch", type=number(int, 1, 64), help="side of the pixel blocks that the network works on (patch)")
     add("--block", choices=list(BLOCKS), help="kind of block (patch)")
     add("--attention", action=argparse.BooleanOptionalAction, help="linear attention at the outer levels (patch)")
-    add(
-        "--ema-beta",
-        dest="ema_betas",
-        type=number(float, 0, 0.999999),
-        nargs="+",
-        default=[0.995],
-        help="one or more averages to keep",
-    )
+    beta = {"type": number(float, 0, 0.999999), "nargs": "+", "default": [0.995]}
+    add("--ema-beta", dest="ema_betas", **beta, help="one or more averages to keep")
     add("--ema-start", type=number(int, 0), default=500, help="the average is a plain copy until this step")
     if conditional:
         add("--p-uncond", type=number(float, 0, 1), default=0.1, help="how often the label is dropped")
@@ -112,7 +106,7 @@ def add_sample_flags(parser, conditional):
     add("--checkpoint", type=Path, required=True, help="a .safetensors, a run's folder or state, the course's .pt")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images, in all")
     add(
-        "--image-size", type=number(int, 1, 4096), help="side of the images (default: as in training; the course's: 64)"
+        "--image-size", type=number(int, 1, 4096), help="side of the images (default: the training's; the course's: 64)"
     )
     add("--sampler", choices=list(SAMPLERS), default="ddim", help="ddpm: ancestral; ddim; dpm: second order")
     steps = ", ".join(f"{name} {sampler.steps or 'all T'}" for name, sampler in SAMPLERS.items())
@@ -294,10 +288,9 @@ def run_sample(args):
         if suffix == ".gif":
             eps_model = guided(model, labels, **guidance)
             steps = diffusion.trajectory(eps_model, shape, range(args.n), x_T=x_T, **options)
-            count = source["steps"] + 1
-            shown = frames_shown(count)  # all of them would be gigabytes
-            steps = enumerate(utils.progress(steps, total=count, unit="step", desc="sampling"))
-            save_denoising_gif([utils.to_uint8(x).cpu() for i, x in steps if i in shown], args.out, columns)
+            bar = utils.progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")
+            shown = frames_shown(source["steps"] + 1)  # all of them would be gigabytes
+            save_denoising_gif([utils.to_uint8(x).cpu() for i, x in enumerate(bar) if i in shown], args.out, columns)
         else:
             options |= {"batch_size": args.batch_size, "x_T": x_T}
             bar = functools.partial(utils.progress, unit="step", desc="sampling")

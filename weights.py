@@ -3,8 +3,6 @@
 A file of this project is a safetensors file with a configuration inside. A denoiser's tensors are called "raw/NAME" and
 "ema_0.999/NAME", one kind of weights each. Wherever a checkpoint is read, a run's folder, its state_*.pt and weights
 of the course's networks (a .pt) serve as well. Of a pickle only tensors and plain containers are read: it runs nothing.
-
-A run's state is in state_STEP_HASH.pt: HASH is the contents' SHA-256, so that damage is noticed.
 """
 
 import hashlib
@@ -68,7 +66,7 @@ STATE_ENTRIES = {"config", "step", "losses", "model", "optimizer", "emas", "scal
 
 
 def save_state(folder, state, good=()):
-    """Write state_STEP_HASH.pt atomically, then drop all states but it and the last one of `good`, known to be whole.
+    """Write state_STEP_HASH.pt (HASH tells of damage), then drop all states but it and the last of `good`, the whole.
 
     Returns the two paths. (The newest by name may be damaged: then the run went on from one before it.)
     """
@@ -159,18 +157,15 @@ def find_state_dicts(contents, key=""):
 
     They may be under names such as "model" or "ema_state_dict", and have prefixes such as DataParallel's "module.".
     """
-    found = {}
-    for name, value in contents.items() if isinstance(contents, dict) else ():
-        if isinstance(value, dict):
-            found = find_state_dicts(value, f"{key}{name}/") | found
-        elif str(name).endswith("outc.weight") and torch.is_tensor(
-            value
-        ):  # the course's networks have it, no optimizer
-            prefix = name.removesuffix("outc.weight")
-            state = {
-                n.removeprefix(prefix): w for n, w in contents.items() if n.startswith(prefix) and torch.is_tensor(w)
-            }
-            found.setdefault("ema" if "ema" in f"{key}{prefix}".lower() else "raw", state)
+    if not isinstance(contents, dict):
+        return {}
+    found, last = {}, "outc.weight"  # which the course's networks have, and no optimizer
+    tensors = {str(name): value for name, value in contents.items() if torch.is_tensor(value)}
+    for name, value in contents.items():
+        found = find_state_dicts(value, f"{key}{name}/") | found
+    for prefix in (name.removesuffix(last) for name in tensors if name.endswith(last)):
+        state = {name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)}
+        found.setdefault("ema" if "ema" in f"{key}{prefix}".lower() else "raw", state)
     return found
 
 

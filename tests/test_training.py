@@ -51,22 +51,27 @@ def no_leftovers(folder):
 
 
 @pytest.fixture
-def stop_after(monkeypatch):
-    """stop_after(step, signal): the signal reaches this very process while it makes the batch of that step."""
+def interrupt(tiny_data):
+    """interrupt(folder, *steps): a run to which a signal comes while it makes the batch of each step; its states."""
 
-    def arrange(step, number=signal.SIGTERM):
+    def run(folder, *steps, number=signal.SIGTERM, **settings):
         draw_batch = training.draw_batch
+        for step in steps:
 
-        def draw_and_signal(data, config, k, diffusion):
-            if k == step:
-                os.kill(os.getpid(), number)
-            return draw_batch(data, config, k, diffusion)
+            def draw_and_signal(data, config, k, diffusion, step=step):
+                if k == step:
+                    os.kill(os.getpid(), number)
+                return draw_batch(data, config, k, diffusion)
 
-        monkeypatch.setattr(training, "draw_batch", draw_and_signal)
-        # on a busy machine seconds pass, after which a run saves of its own accord
-        monkeypatch.setattr(training.RunFolder, "save_is_due", lambda self: False)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(training, "draw_batch", draw_and_signal)
+                # on a busy machine seconds pass, after which a run saves of its own accord
+                patch.setattr(training.RunFolder, "save_is_due", lambda self: False)
+                with pytest.raises(KeyboardInterrupt, match=f"stopped at step {step + 1}; .*--resume"):
+                    train(tiny_config(**settings), tiny_data, folder, resume=True)
+        return sorted(folder.glob("state_*.pt"))
 
-    return arrange
+    return run
 
 
 # --- same seed, same bits --------------------------------------------------------------------------------------------
@@ -196,14 +201,10 @@ def test_cooldown(cooldown, rates):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_interrupted_again_and_again_is_the_same_run(finished, tiny_data, tmp_path, stop_after, monkeypatch, number):
+def test_interrupted_again_and_again_is_the_same_run(finished, tiny_data, tmp_path, interrupt, number):
     before = signal.getsignal(signal.SIGTERM)
     for step in (0, 1, 5, 11):
-        stop_after(step, number)
-        with pytest.raises(KeyboardInterrupt, match=f"step {step + 1}.*--resume"):
-            train(tiny_config(), tiny_data, tmp_path, resume=True)
-        monkeypatch.undo()
-        assert len(list(tmp_path.glob("state_*.pt"))) == 2 and not (tmp_path / "model.safetensors").exists()
+        assert len(interrupt(tmp_path, step, number=number)) == 2 and not (tmp_path / "model.safetensors").exists()
     train(tiny_config(), tiny_data, tmp_path, resume=True)
     assert_same(contents(tmp_path), contents(finished))
     assert signal.getsignal(signal.SIGTERM) == before  # the handlers are gone with the run
@@ -249,23 +250,17 @@ def test_resume_to_more_steps_is_the_longer_run(finished, tiny_data, tmp_path):
     assert_same(contents(tmp_path), contents(finished))
 
 
-def test_resume_with_a_cooldown(tiny_data, tmp_path, stop_after, monkeypatch):
+def test_resume_with_a_cooldown(tiny_data, tmp_path, interrupt):
     """The learning rate is a function of the step and the length alone."""
     train(tiny_config(cooldown=0.5), tiny_data, tmp_path / "whole")
-    stop_after(8)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_config(cooldown=0.5), tiny_data, tmp_path / "parts")
-    monkeypatch.undo()
+    interrupt(tmp_path / "parts", 8, cooldown=0.5)
     train(tiny_config(cooldown=0.5), tiny_data, tmp_path / "parts", resume=True)
     assert_same(contents(tmp_path / "parts"), contents(tmp_path / "whole"))
 
 
-def test_states_of_older_versions_go_on(finished, tiny_data, tmp_path, stop_after, monkeypatch):
+def test_states_of_older_versions_go_on(finished, tiny_data, tmp_path, interrupt):
     """They lack the newer settings, and their losses are as long as the run, with NaN for the steps to come."""
-    stop_after(6)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_config(), tiny_data, tmp_path)
-    monkeypatch.undo()
+    interrupt(tmp_path, 6)
     state, path = load_state(tmp_path)
     config = json.loads(state["config"])
     del config["train"]["cooldown"], config["train"]["timestep_sampling"]
@@ -420,15 +415,12 @@ def run_two_processes(folder, data, program):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
 
 
-def test_two_processes_are_one(tiny_data, tmp_path, stop_after, monkeypatch):
+def test_two_processes_are_one(tiny_data, tmp_path, interrupt):
     """torchrun with two gloo processes, against one process with the same global batch: and going on, with
     accumulation, with what one process began."""
-    config = tiny_config(optimizer="sgd", lr=0.05)
-    train(copy.deepcopy(config), tiny_data, tmp_path / "one")
-    stop_after(5)
-    with pytest.raises(KeyboardInterrupt):
-        train(copy.deepcopy(config), tiny_data, tmp_path / "resumed")
-    monkeypatch.undo()
+    settings = {"optimizer": "sgd", "lr": 0.05}
+    train(tiny_config(**settings), tiny_data, tmp_path / "one")
+    interrupt(tmp_path / "resumed", 5, **settings)
     done = run_two_processes(tmp_path, tiny_data, WORKER)
     assert done.returncode == 0, done.stderr
     for name in ("two", "resumed"):
@@ -537,20 +529,10 @@ def test_bfloat16_is_close_to_float32(tiny_data, tmp_path):
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
-def interrupted_run(tiny_data, folder, stop_after, monkeypatch, steps=(3, 6)):
-    """A folder with the states of two interruptions, oldest first."""
-    for step in steps:
-        stop_after(step)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny_config(), tiny_data, folder, resume=True)
-        monkeypatch.undo()
-    return sorted(folder.glob("state_*.pt"))
-
-
 @pytest.mark.parametrize("damage", ["bit", "truncated", "empty", "all"])
-def test_damaged_states(finished, tiny_data, tmp_path, stop_after, monkeypatch, capsys, damage):
+def test_damaged_states(finished, tiny_data, tmp_path, interrupt, capsys, damage):
     """The run goes on from the one before, and begins again where none is whole."""
-    older, newest = interrupted_run(tiny_data, tmp_path, stop_after, monkeypatch)
+    older, newest = interrupt(tmp_path, 3, 6)
     data = bytearray(newest.read_bytes())
     if damage == "bit":
         data[len(data) // 3] ^= 4
@@ -566,22 +548,19 @@ def test_damaged_states(finished, tiny_data, tmp_path, stop_after, monkeypatch, 
     assert_same(contents(tmp_path), contents(finished))
 
 
-def test_no_memory_for_a_state_is_not_damage(tiny_data, tmp_path, stop_after, monkeypatch):
-    states = interrupted_run(tiny_data, tmp_path, stop_after, monkeypatch)
+def test_no_memory_for_a_state_is_not_damage(tiny_data, tmp_path, interrupt, monkeypatch):
+    states = interrupt(tmp_path, 3, 6)
     monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(UserError, match="out of memory"):
         train(tiny_config(), tiny_data, tmp_path, resume=True)
     assert sorted(tmp_path.glob("state_*.pt")) == list(states)
 
 
-def test_after_a_damaged_state_the_good_ones_are_kept(tiny_data, tmp_path, stop_after, monkeypatch):
+def test_after_a_damaged_state_the_good_ones_are_kept(tmp_path, interrupt):
     """The damaged state has a later step than the first one saved after it: it must not push out the good ones."""
-    older, newest = interrupted_run(tiny_data, tmp_path, stop_after, monkeypatch, steps=(3, 9))
+    older, newest = interrupt(tmp_path, 3, 9)
     newest.write_bytes(b"damaged")
-    stop_after(5)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_config(), tiny_data, tmp_path, resume=True)
-    kept = sorted(tmp_path.glob("state_*.pt"))
+    kept = interrupt(tmp_path, 5)
     assert kept[0] == older and "state_00000006" in kept[1].name and len(kept) == 2
 
 
@@ -654,16 +633,14 @@ def test_out_of_memory_says_which_batch_size_to_try(tiny_data, tmp_path, monkeyp
         train(tiny_config(), tiny_data, tmp_path)
 
 
-def full_disk(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_disk_full_while_saving(finished, tiny_data, tmp_path, stop_after, monkeypatch, call):
+def test_disk_full_while_saving(finished, tiny_data, tmp_path, interrupt, monkeypatch, call):
     """Old states stay whole, nothing half-written is left, and with space again the run goes on."""
-    states = interrupted_run(tiny_data, tmp_path, stop_after, monkeypatch)
-    before = {p: p.read_bytes() for p in states}
-    stop_after(8)
+
+    def full_disk(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = {p: p.read_bytes() for p in interrupt(tmp_path, 3, 6)}
     monkeypatch.setattr(utils.os, call, full_disk)
     with pytest.raises(UserError, match="cannot write .*state_.*: no space left on the disk"):
         train(tiny_config(), tiny_data, tmp_path, resume=True)
@@ -673,31 +650,16 @@ def test_disk_full_while_saving(finished, tiny_data, tmp_path, stop_after, monke
     assert_same(contents(tmp_path), contents(finished))
 
 
-def test_what_a_kill_left_is_cleared_away(tiny_data, tmp_path):
-    (tmp_path / ".state_00000005_0123456789abcdef-89abcdef.pt").write_bytes(b"half a state")
-    train(tiny_config(steps=3), tiny_data, tmp_path)
-    (tmp_path / ".model-89abcdef.safetensors").write_bytes(b"half a model")
-    (tmp_path / ".config-89abcdef.json").write_text("{")
-    kept = {path: path.read_bytes() for path in sorted(tmp_path.glob("state_*.pt"))}
-    save_state(tmp_path, load_state(tmp_path)[0] | {"step": 1}, list(kept))
-    for path, state in kept.items():  # killed between writing a state and dropping the oldest
-        path.write_bytes(state)
-    assert len(list(tmp_path.glob("state_*.pt"))) == 3
-    train(tiny_config(steps=3), tiny_data, tmp_path, resume=True)
-    assert no_leftovers(tmp_path) and len(set(tmp_path.glob("state_*.pt"))) == 2
-
-
-def test_files_of_others_in_the_run_folder_stay(tmp_path):
-    others = [".backup-20240101.tar", ".env-prod1234.json", "state_dict.pt", "state_1.pt"]
-    for name in others:
+def test_what_a_kill_left_is_cleared_away(tiny_data, tmp_path, interrupt):
+    """And files of others stay."""
+    others = {".backup-20240101.tar", ".env-prod1234.json", "state_dict.pt", "state_1.pt"}
+    half = {".model-89abcdef.safetensors", ".config-0123abcd.json", ".state_00000005_0123456789abcdef-89abcdef.pt"}
+    states = {path: path.read_bytes() for path in interrupt(tmp_path, 1, 3)}
+    interrupt(tmp_path, 5)
+    for path, contents in states.items():  # killed between writing a state and dropping the oldest
+        path.write_bytes(contents)
+    for name in others | half:
         (tmp_path / name).write_text("mine")
-    (tmp_path / ".config-0123abcd.json").write_text("half written")
-    left = sorted(p.name for half in training.RunFolder.HALF_WRITTEN for p in tmp_path.glob(half))
-    assert left == [".config-0123abcd.json"]
-    first = save_state(tmp_path, {"step": 1})
-    (second,) = save_state(tmp_path, {"step": 2}, first)[-1:]
-    save_state(tmp_path, {"step": 3}, [second])
-    assert sorted(p.name for p in tmp_path.glob("state_*")) == sorted(
-        [p.name for p in tmp_path.glob(STATES)] + ["state_1.pt", "state_dict.pt"]
-    )
-    assert len(list(tmp_path.glob(STATES))) == 2 and all((tmp_path / name).read_text() == "mine" for name in others)
+    train(tiny_config(), tiny_data, tmp_path, resume=True)
+    left = {p.name for p in tmp_path.iterdir()} - {"model.safetensors", "config.json", ".lock"}
+    assert len(list(tmp_path.glob(STATES))) == 2 and left - {p.name for p in tmp_path.glob(STATES)} == others
