@@ -1,13 +1,10 @@
 """The one training loop, its exact resume, and what it does in several processes.
 
-`steps` is the loop: a generator that makes a step each time it is asked for one. `train` asks for all of them, and
-keeps the run in a folder meanwhile.
+`steps` is the loop: a generator that makes a step each time it is asked for one. `train` asks for all of them.
 
 Every random draw of step k (which images, flips, timesteps, noise, dropped labels) comes from (seed, k) and is made for
 the global batch. So on a CPU a run that was killed and resumed ends with the same bits as one that was not, and
-several processes each take their slice of the same batch.
-
-A run folder holds:
+several processes each take their slice of the same batch. A run's folder holds:
     state_STEP_HASH.pt   all that is needed to go on: the newest two
     samples_STEP.png     the same noise, denoised by the averaged weights as training goes on
     model.safetensors    the finished weights, with the configuration and the loss of every step inside
@@ -175,11 +172,9 @@ def learning_rate(settings, step):
 
 def parts_of_batch(run):
     """This process's share of the step's batch on its device, in run.accumulate parts: x0, t, noise, labels."""
-    batch = draw_batch(run.data, run.config, run.step, run.diffusion)
+    batch, parts = draw_batch(run.data, run.config, run.step, run.diffusion), run.world * run.accumulate
     for part in range(run.rank * run.accumulate, (run.rank + 1) * run.accumulate):
-        x0, t, noise, labels = (
-            None if b is None else b.chunk(run.world * run.accumulate)[part].to(run.device) for b in batch
-        )
+        x0, t, noise, labels = (None if b is None else b.chunk(parts)[part].to(run.device) for b in batch)
         x0, noise = (b.contiguous(memory_format=torch.channels_last) for b in (x0, noise))
         yield x0, t, noise, labels
 
@@ -264,10 +259,8 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
                 raise UserError(f"{reason}: leave --compile out") from error
             if not utils.is_out_of_memory(error):
                 raise
-            smaller = f"--batch-size {max(1, batch_size // 2)}"
-            raise UserError(
-                f"out of memory: try {smaller}, or the same batch in smaller parts with --accumulate {2 * accumulate}"
-            ) from error
+            parts = f"the same batch in smaller parts with --accumulate {2 * accumulate}"
+            raise UserError(f"out of memory: try --batch-size {max(1, batch_size // 2)}, or {parts}") from error
     return out / "model.safetensors"
 
 
@@ -313,9 +306,8 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
             if any(gather(stop_requested(), run.world)):
                 folder.save(run)
                 gather(None, run.world)  # torchrun ends all processes once one has left: not in the middle of the save
-                raise KeyboardInterrupt(
-                    f"stopped at step {run.step}; the same command with --resume goes on from there"
-                )
+                stopped = f"stopped at step {run.step}"
+                raise KeyboardInterrupt(f"{stopped}; the same command with --resume goes on from there")
             if folder.save_is_due():
                 folder.save(run)
     folder.finish(run)
@@ -415,10 +407,8 @@ class RunFolder:
         unread.clear()
 
     def diverged(self, run, step):
-        return UserError(
-            f"the loss is not finite at step {step} (learning rate {run.config['train']['lr']:g}): try a smaller --lr; "
-            f"the last good state is step {self.last_step} in {self.path}"
-        )
+        rate, last = run.config["train"]["lr"], f"the last good state is step {self.last_step} in {self.path}"
+        return UserError(f"the loss is not finite at step {step} (learning rate {rate:g}): try a smaller --lr; {last}")
 
     def sample_grid(self, run, stop_requested, n=64):
         """The first 64 images of seed 0, by the first average where there is one, in 20 second-order steps."""
