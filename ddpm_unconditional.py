@@ -16,25 +16,11 @@ import torch
 import cli
 import evaluate
 import training
+import utils
 from ddpm import LOSSES, SCHEDULES
 from features import check_shape, load_features, load_splits
 from image_data import load_data
-from utils import (
-    ROOT,
-    UserError,
-    atomic_path,
-    autocast,
-    command_line,
-    generator,
-    pick_device,
-    positive,
-    progress,
-    save_grid,
-    say,
-    to_model,
-    to_uint8,
-    write_json,
-)
+from utils import UserError, say
 from weights import load_checkpoint, read_checkpoint, save_checkpoint, select_weights
 
 # The best of a dozen shapes after two minutes of training each. The experiments had been trained before, on PatchUNet's
@@ -82,7 +68,7 @@ def run_grid(args):
     if training.is_main():
         finished = [args.out / name / "result.json" for name in EXPERIMENTS]
         results = [json.loads(path.read_text()) for path in finished if path.exists()]
-        write_json(args.out / "grid.json", results)
+        utils.write_json(args.out / "grid.json", results)
         if args.publish:
             publish(args.out, results)
         print(f"wrote {args.out / 'grid.json'}: {len(results)} experiments")
@@ -91,14 +77,14 @@ def run_grid(args):
 def publish(out, results):
     """Copy the weights to checkpoints/, and the results to report/results/grid.json beside those of other machines."""
     for result in results:
-        with atomic_path(ROOT / f"checkpoints/grid_{result['name']}.safetensors") as temporary:
+        with utils.atomic_path(utils.ROOT / f"checkpoints/grid_{result['name']}.safetensors") as temporary:
             shutil.copyfile(out / result["name"] / "ema.safetensors", temporary)
-    path = ROOT / "report/results/grid.json"
+    path = utils.ROOT / "report/results/grid.json"
     rows = json.loads(path.read_text())["runs"] if path.exists() else []
     rows = {row["name"]: row for row in rows + results}
     runs = [rows[name] for name in EXPERIMENTS if name in rows]
     command = " ".join(["python ddpm_unconditional.py grid --publish --only", *(run["name"] for run in runs)])
-    write_json(path, {"command": command, "runs": runs})
+    utils.write_json(path, {"command": command, "runs": runs})
 
 
 def check_free(args, names):
@@ -138,19 +124,19 @@ def measure(name, folder, data, n, device):
     tensors, config = read_checkpoint(folder / "model.safetensors")
     path, losses = folder / "ema.safetensors", tensors["losses"]
     save_checkpoint(path, {"ema": select_weights(tensors, "ema", config)}, config, losses, half=True)
-    model, diffusion, _ = load_checkpoint(path, device=pick_device(device))
+    model, diffusion, _ = load_checkpoint(path, device=utils.pick_device(device))
     size = config["data"]["image_size"]
 
     def sample_and_measure(picture, x_T=None):
-        bar = functools.partial(progress, unit="step", desc=f"sampling {name}")
+        bar = functools.partial(utils.progress, unit="step", desc=f"sampling {name}")
         shape = (model.channels, size, size)
-        with autocast(diffusion.betas.device):
-            images = to_uint8(diffusion.sample(model, n, shape, **SAMPLER, progress=bar, x_T=x_T))
-        save_grid(images[:64], folder / picture, columns=8)
+        with utils.autocast(diffusion.betas.device):
+            images = utils.to_uint8(diffusion.sample(model, n, shape, **SAMPLER, progress=bar, x_T=x_T))
+        utils.save_grid(images[:64], folder / picture, columns=8)
         return evaluate.evaluate_samples(images, data_name=data)
 
     test = load_data(data, "test", size)
-    test = to_model(first_images(test, min(1000, len(test))))
+    test = utils.to_model(first_images(test, min(1000, len(test))))
     result = {
         "name": name,
         "sha256": evaluate.sha256(path),
@@ -164,12 +150,12 @@ def measure(name, folder, data, n, device):
     }
     if diffusion.alphas_cumprod[-1] > 0.01:
         # The forward process stops short of noise: is the network to blame, or the N(0, I) that sampling starts from?
-        x0 = to_model(first_images(load_splits(data, size)[0], n))
-        noise = torch.randn(x0.shape, generator=generator(0, 2))
+        x0 = utils.to_model(first_images(load_splits(data, size)[0], n))
+        noise = torch.randn(x0.shape, generator=utils.generator(0, 2))
         x0, noise = x0.to(diffusion.betas.device), noise.to(diffusion.betas.device)
         x_T = diffusion.q_sample(x0, torch.full((len(x0),), diffusion.timesteps - 1, device=x0.device), noise)
         result["quality_from_true_x_T"] = sample_and_measure("samples_from_true_x_T.png", x_T)
-    write_json(folder / "result.json", result)
+    utils.write_json(folder / "result.json", result)
 
 
 def main(argv=None):
@@ -180,7 +166,7 @@ def main(argv=None):
     grid.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs")
     names = list(EXPERIMENTS)
     grid.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"some of: {', '.join(names)}")
-    grid.add_argument("--n", type=positive, default=2000, help="samples to measure")
+    grid.add_argument("--n", type=utils.positive, default=2000, help="samples to measure")
     grid.add_argument(
         "--publish", action="store_true", help="also write checkpoints/grid_* and report/results/grid.json"
     )
@@ -193,4 +179,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command_line(main)
+    utils.command_line(main)

@@ -36,7 +36,7 @@ def execute_notebook(path, out, timeout=600):
     """Run all cells of a notebook in its own folder and write it, with the outputs, to `out`. Raises UserError."""
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
     notebook = nbformat.read(path, as_version=4)
     cells = sum(cell.cell_type == "code" for cell in notebook.cells)
@@ -54,15 +54,11 @@ def execute_notebook(path, out, timeout=600):
         )
         try:
             client.execute()
-        except CellTimeoutError:
-            raise UserError(f"a cell of {path.name} took more than {timeout} s") from None
-        except DeadKernelError as error:
-            advice = "most likely because memory was full: close other programs"
-            raise UserError(f"the kernel of {path.name} died, {advice}") from error
         except CellExecutionError as error:
             raise UserError(f"{path.name} failed: {error.ename}: {error.evalue} (open it to see the cell)") from error
-        except RuntimeError as error:  # the kernel died, or another took its port, before it answered
-            raise UserError(f"Jupyter could not start a kernel for {path.name} ({error}): try again") from error
+        except (CellTimeoutError, RuntimeError) as error:  # the kernel died, or never answered
+            advice = f"a cell may take {timeout} s, and memory may have been full: close other programs, try again"
+            raise UserError(f"{path.name} failed: {str(error).splitlines()[0]} ({advice})") from error
     # the kernel's own version is no news
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     with atomic_path(out) as temporary:

@@ -319,7 +319,7 @@ def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, refused):
 
     monkeypatch.setattr(ddpm_unconditional, "measure", measure)
     monkeypatch.setattr(ddpm_unconditional, "check_measurable", lambda args: None)
-    monkeypatch.setattr(ddpm_unconditional, "ROOT", tmp_path)
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
     published = tmp_path / "report/results/grid.json"
     utils.write_json(published, {"runs": [{"name": "sigmoid_l1"}, {"name": "cosine_l2", "old": True}]})
     flags = ["grid", "--out", tmp_path / "grid", "--data", idx_folder, *TINY, "--publish"]

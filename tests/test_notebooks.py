@@ -69,7 +69,7 @@ def test_finds_the_project(path, folder, monkeypatch):
     "code, words",
     [
         ("1 / 0", "broken.ipynb failed: ZeroDivisionError"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "the kernel of broken.ipynb died"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "broken.ipynb failed: Kernel died"),
     ],
 )
 def test_a_notebook_that_fails(code, words, tmp_path, refused):
