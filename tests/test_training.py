@@ -86,18 +86,14 @@ def test_a_run_leaves_its_files(finished):
 
 
 def test_one_seed_one_run(finished, tiny_data, tmp_path):
-    torch.manual_seed(99)  # the global generator does not matter
+    """Whatever state the global generator is in, and with or without sample grids."""
+    torch.manual_seed(99)
     torch.rand(7)
-    train(tiny_config(), tiny_data, tmp_path / "same")
+    train(tiny_config(), tiny_data, tmp_path / "same", sample_every=5)
     assert_same(contents(tmp_path / "same"), contents(finished))
+    assert [p.name for p in sorted(tmp_path.glob("same/*.png"))] == ["samples_00000005.png", "samples_00000010.png"]
     train(tiny_config(seed=1), tiny_data, tmp_path / "other")
     assert contents(tmp_path / "other")[0] != contents(finished)[0]
-
-
-def test_sample_grids_do_not_change_the_run(finished, tiny_data, tmp_path):
-    train(tiny_config(), tiny_data, tmp_path, sample_every=5)
-    assert sorted(p.name for p in tmp_path.glob("samples_*")) == ["samples_00000005.png", "samples_00000010.png"]
-    assert_same(contents(tmp_path), contents(finished))
 
 
 def test_a_run_needs_no_folder(finished, tiny_data):
@@ -176,8 +172,6 @@ def test_label_dropout_of_whole_batches(tiny_data):
     whole = [training.draw_batch(tiny_data, config, step, Diffusion(20))[3] == -1 for step in range(300)]
     assert all(dropped.all() or not dropped.any() for dropped in whole)
     assert abs(sum(dropped[0].item() for dropped in whole) / 300 - 0.3) < 0.1
-    config = tiny_config(p_uncond=0.0)
-    assert (training.draw_batch(tiny_data, config, 0, Diffusion(20))[3] >= 0).all()
 
 
 def test_timesteps_drawn_by_the_bounds_weights(tiny_data):
@@ -593,16 +587,11 @@ def test_a_file_system_without_locks(tiny_data, tmp_path, monkeypatch, capsys, e
     assert "without locks" in capsys.readouterr().err and (tmp_path / "run/model.safetensors").exists()
 
 
-def test_nan_loss_stops_the_run(tiny_data, tmp_path):
-    with pytest.raises(
-        UserError, match=r"not finite at step [12] \(learning rate 1e\+30\).*smaller --lr.*state is step 0"
-    ):
-        train(tiny_config(optimizer="sgd", lr=1e30), tiny_data, tmp_path)
-    assert load_state(tmp_path)[0]["step"] == 0 and not (tmp_path / "model.safetensors").exists()
-
-
-def test_nan_weights_are_not_saved(tiny_data, tmp_path, monkeypatch):
-    """The last step's loss is still finite, its update is not."""
+@pytest.mark.parametrize(
+    "settings, where", [({"optimizer": "sgd", "lr": 1e30}, "at step [12]"), ({"steps": 1}, "at step 1")]
+)
+def test_what_is_not_finite_is_not_saved(tiny_data, tmp_path, monkeypatch, settings, where):
+    """Also where the last step's loss is still finite, and its update is not."""
     plain_steps = training.steps
 
     def diverge(run):
@@ -610,23 +599,16 @@ def test_nan_weights_are_not_saved(tiny_data, tmp_path, monkeypatch):
             nn.init.constant_(next(run.model.parameters()), float("inf"))
             yield loss
 
-    monkeypatch.setattr(training, "steps", diverge)
-    with pytest.raises(UserError, match="not finite at step 1 .*last good state is step 0"):
-        train(tiny_config(steps=1), tiny_data, tmp_path)
+    if "steps" in settings:
+        monkeypatch.setattr(training, "steps", diverge)
+    with pytest.raises(UserError, match=f"not finite {where} .*try a smaller --lr; the last good state is step 0"):
+        train(tiny_config(**settings), tiny_data, tmp_path)
     assert load_state(tmp_path)[0]["step"] == 0 and not (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 9"),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    ],
-)
-def test_out_of_memory_says_which_batch_size_to_try(tiny_data, tmp_path, monkeypatch, error):
+def test_out_of_memory_says_which_batch_size_to_try(tiny_data, tmp_path, monkeypatch):
     def fail(*_):
-        raise error
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr(training, "draw_batch", fail)
     with pytest.raises(UserError, match="out of memory: try --batch-size 4, .*--accumulate 2"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Malicious, tiny_config
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_training import assert_same
 
 from modules import UNet_conditional
@@ -40,19 +40,6 @@ def test_each_kind_of_weights(finished):
     assert_same(weights["ema"], weights["ema_0.5"])
     with pytest.raises(UserError, match="has no ema_0.7 weights, only ema_0.5, ema_0.9, raw"):
         load_checkpoint(path, "ema_0.7")
-
-
-def test_half_precision_checkpoint(finished, tmp_path):
-    tensors, config = read_checkpoint(finished / "model.safetensors")
-    weights = select_weights(tensors, "ema_0.9", config)
-    save_checkpoint(tmp_path / "half.safetensors", {"ema": weights}, config, half=True)
-    assert all(w.dtype == torch.float16 for w in load_file(tmp_path / "half.safetensors").values())
-    model, _, _ = load_checkpoint(tmp_path / "half.safetensors")
-    for name, w in model.state_dict().items():
-        assert w.dtype == torch.float32
-        torch.testing.assert_close(w, weights[name], rtol=1e-3, atol=1e-4)
-    with pytest.raises(UserError, match="has no raw weights, only ema"):
-        load_checkpoint(tmp_path / "half.safetensors", "raw")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
