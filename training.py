@@ -483,10 +483,12 @@ def stop_signals():
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # which torchrun gives all its processes
+
 
 def is_main():
     """True in the one process that writes and speaks."""
-    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+    return TORCHRUN not in os.environ or os.environ["RANK"] == "0"
 
 
 def tell(line):
@@ -505,7 +507,7 @@ def gather(value, world):
 @contextlib.contextmanager
 def process_group(device="auto"):
     """(rank, number of processes) of this process, as torchrun started it; (0, 1) without torchrun."""
-    if not dist.is_torchelastic_launched():
+    if TORCHRUN not in os.environ:
         yield 0, 1
         return
     if not dist.is_initialized():  # once for all runs of this process: PyTorch may hang in a second time
