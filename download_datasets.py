@@ -29,7 +29,7 @@ import requests
 from PIL import Image
 
 import utils
-from image_data import DATASETS, DataSet, decode_images, list_images, load_data, say_left_out, split_folders, subfolders
+from image_data import DATASETS, DataSet, count_reasons, decode_images, list_images, load_data, split_folders
 from utils import ArgumentParser, UserError, command_line, progress, say
 from weights import load_checkpoint
 
@@ -107,7 +107,7 @@ def arrange(source: Path, images: Path, name: str) -> None:
         return
     folders = [file.parent for file in visible_files(source) if file.suffix.lower() in Image.registered_extensions()]
     found = Path(os.path.commonpath(folders or [source]))  # archives wrap it in other folders
-    flat = [part for part in splits_of(found) if not subfolders(part)]
+    flat = [part for part in splits_of(found) if not any(entry.is_dir() for entry in part.iterdir())]
     if flat and not row.flat:
         raise UserError(f"{flat[0]} has no class folders")
     if flat == [found]:  # one class, called after the data set
@@ -115,11 +115,12 @@ def arrange(source: Path, images: Path, name: str) -> None:
     found.rename(images / name if flat == [found] else images)
     for part in splits_of(images):
         files = visible_files(part)
-        with decode_images(files, 8, f"checking {part.name}") as decoded:
-            unreadable = [file for file, image in zip(files, decoded) if image is None]
-        say_left_out(part, unreadable, len(files))
-        for file in unreadable:
-            file.unlink()
+        decoded = decode_images(files, 8, f"checking {part.name}")
+        left_out = {str(file.relative_to(part)): why for file, why in zip(files, decoded) if isinstance(why, str)}
+        if left_out:
+            say(f"{part}: left out {len(left_out)} of {len(files):,} files: {count_reasons(left_out)}")
+        for name in left_out:
+            (part / name).unlink()
 
 
 def splits_of(root: Path) -> list[Path]:
@@ -139,13 +140,14 @@ def count_images(root: Path, labels: bool) -> str:
     """How many images each split and class has, in words. Raises UserError where one has none or is damaged."""
     if any(any(root.glob(pattern)) for pattern in (*MNIST_FILES, "cifar-10-batches-py")):
         return ", ".join(f"{split} {len(load_data(root, split)):,} images" for split in ("train", "test"))
-    listings = {part.name: list_images(part, labels) for part in splits_of(root)}
-    if len({tuple(listing.classes) for listing in listings.values()}) > 1:
+    groups_of = {part.name: list_images(part, labels)[0] for part in splits_of(root)}
+    if labels and len({tuple(groups) for groups in groups_of.values()}) > 1:
         raise UserError(f"{root}: train and test have different classes")
     words = []
-    for name, listing in listings.items():
-        each = [f"{label} {listing.labels.count(i):,}" for i, label in enumerate(listing.classes)]
-        words.append(f"{name} {len(listing.files):,} images" + (f" ({', '.join(each)})" if each else ""))
+    for name, groups in groups_of.items():
+        each = [f"{label} {len(files):,}" for label, files in groups.items() if label]
+        count = sum(map(len, groups.values()))
+        words.append(f"{name} {count:,} images" + (f" ({', '.join(each)})" if each else ""))
     return "; ".join(words)
 
 

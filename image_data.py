@@ -130,26 +130,20 @@ class ImageData:
 
 
 def load_data(
-    name_or_path: str | Path,
-    split: str = "train",
-    image_size: int | None = None,
-    channels: int | None = None,
-    labels: bool = False,
+    name: str | Path, split="train", image_size: int | None = None, channels: int | None = None, labels: bool = False
 ) -> ImageData:
     """Load a data set of the table DATASETS or a folder of one's own; never touches the network. Raises UserError.
 
-    A folder holds images in class folders (`<class>/*`) or directly, in folders for training and test (or validation)
-    or not; or torchvision's `cifar-10-batches-py`; or MNIST's IDX or parquet files. Without a test folder, a tenth of
-    the images (chosen by a hash of their names) is the test split. The train split of photographs that are large enough
-    is kept at 1.25 image_size, for `augment` to crop. The test split is never flipped nor cropped.
-
-    split: train or test. channels: 1 or 3; by default one's own images have 1 where all of them are grey.
+    A folder holds images, perhaps in class folders (`<class>/*`) and in folders for training and test (or validation);
+    or torchvision's `cifar-10-batches-py`; or MNIST's IDX or parquet files. Without a test folder, a tenth of the
+    images (chosen by a hash of their names) is the test split. Large photographs for training are kept at 1.25
+    image_size, for `augment` to crop. channels: 1 or 3; by default one's own images have 1 where all of them are grey.
     labels: whether they are needed. Then images beside the class folders are left out; otherwise every image below
     counts, and there are labels only where each image has one.
     """
-    name = str(name_or_path)
-    row = DATASETS.get(name)
-    if row is not None:
+    title, name = name, str(name)
+    if name in DATASETS:
+        row = DATASETS[name]
         folder, image_size = _find(name, row), image_size or row.image_size
     else:
         folder = Path(name).expanduser().resolve()
@@ -157,12 +151,18 @@ def load_data(
             raise UserError(f"no data called {name!r}: it is neither a folder nor one of {', '.join(DATASETS)}")
         name, row = folder.name, DataSet(folder.name, (), 0, channels=None, crop=True)
     arrays = _read_mnist(folder, split, name) or _read_cifar_batches(folder, split)
-    if arrays is not None:
-        data = _resized(*arrays, name, split, image_size)
+    if arrays:
+        x, size = torch.from_numpy(arrays[0]).contiguous(), image_size or arrays[0].shape[-1]
+        if (x.shape[-1], size) == (28, 32):
+            x = torch.nn.functional.pad(x, (2, 2, 2, 2))  # the background is black: no pixel needs to be resampled
+        elif x.shape[-1] != size:
+            x = resize(x, size)
+        flip = split == "train" and x.shape[1] == 3  # digits and shoes are not mirrored
+        data = ImageData(x, torch.from_numpy(arrays[1]).long(), arrays[2], name, flip, size)
     else:
         data = _load_folder(folder, split, image_size, name, row, labels)
     if labels and data.labels is None:
-        raise UserError(f"{name_or_path} has no labels, which a conditional model needs: use class folders")
+        raise UserError(f"{title} has no labels, which a conditional model needs: use class folders")
     data.images = with_channels(data.images, channels or row.channels)
     return data
 
@@ -180,7 +180,7 @@ def _find(name: str, row: DataSet) -> Path:
 
 
 def describe(train: ImageData, test: ImageData | None, labels: bool) -> str:
-    """What was read (its classes, too, where labels are used), and in a line below what was left out and why."""
+    """What was read, its classes too where labels are used, and in a line below what was left out and why."""
     size, kind = train.image_size, "grey" if train.images.shape[1] == 1 else "RGB"
     line = f"data: {len(train):,} images for training, {len(test) if test else 0:,} held out; {size} x {size} {kind}"
     if labels and train.labels is not None:
@@ -207,19 +207,19 @@ def _read_mnist(folder: Path, split: str, name: str) -> Arrays | None:
     """From IDX files (gzipped or not) or parquet files; None where the folder has neither."""
     prefix = {"train": "train", "test": "t10k"}[split]
     if any(folder.glob(f"{split}*.parquet")):
-        source = folder / f"{split}*.parquet"
-        images, labels = _read_parquet(source)
+        x_path = y_path = folder / f"{split}*.parquet"
+        images, labels = _read_parquet(x_path)
     elif any(folder.glob("*-idx[13]-ubyte*")):
-        source = folder / f"{prefix}-images-idx3-ubyte"
-        images, labels = _read_idx(source), _read_idx(folder / f"{prefix}-labels-idx1-ubyte")
+        x_path, y_path = folder / f"{prefix}-images-idx3-ubyte", folder / f"{prefix}-labels-idx1-ubyte"
+        images, labels = _read_idx(x_path), _read_idx(y_path)
     elif any(folder.glob("t*.parquet")):
         raise UserError(f"{folder / split}*.parquet is missing")
     else:
         return None
-    if images.shape[1:] != (28, 28) or len(images) == 0:
-        raise UserError(f"{source} should hold images of 28 x 28 and has the shape {images.shape}")
+    if not len(images) or images.shape[1:] != (28, 28):
+        raise UserError(f"{x_path} should hold images of 28 x 28 and has the shape {images.shape}")
     if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() > 9:
-        raise UserError(f"{source} has {len(images):,} images, which need as many {prefix}-labels within 0..9")
+        raise UserError(f"{y_path} should hold a label within 0..9 for each of {len(images):,} images")
     plain = name.lower().replace("-", "_")  # a folder called after a data set holds its classes
     known = [row.classes for key, row in DATASETS.items() if row.classes and plain.startswith(key)]
     return images[:, None], labels, list(known[0]) if known else [str(i) for i in range(10)]  # MNIST's digits
@@ -246,7 +246,8 @@ def _read_parquet(pattern: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         table = parquet.read_table([str(path) for path in sorted(pattern.parent.glob(pattern.name))])
         files = (io.BytesIO(cell["bytes"]) for cell in table["image"].to_pylist())
-        return np.stack([np.asarray(Image.open(file).convert("L")) for file in files]), table["label"].to_numpy()
+        images = np.stack([np.asarray(Image.open(file).convert("L")) for file in files])
+        return images, np.array(table["label"].to_pylist())
     except Exception as error:  # pyarrow and PIL each raise their own
         raise UserError(f"{pattern} has no readable images and labels: {error}") from error
 
@@ -262,16 +263,6 @@ def _read_cifar_batches(folder: Path, split: str) -> Arrays | None:
     except RuntimeError as error:
         raise UserError(f"{parent}/cifar-10-batches-py has a missing or damaged file: download it again") from error
     return batches.data.transpose(0, 3, 1, 2), np.array(batches.targets), batches.classes
-
-
-def _resized(images, labels, classes: list[str], name: str, split: str, image_size: int | None) -> ImageData:
-    x, size = torch.from_numpy(images).contiguous(), image_size or images.shape[-1]
-    if (images.shape[-1], size) == (28, 32):
-        x = torch.nn.functional.pad(x, (2, 2, 2, 2))  # the background is black: no pixel needs to be resampled
-    elif images.shape[-1] != size:
-        x = resize(x, size)
-    flip = split == "train" and x.shape[1] == 3  # digits and shoes are not mirrored
-    return ImageData(x, torch.from_numpy(labels).long(), classes, name, flip, size)
 
 
 # --- folders of images --------------------------------------------------------------------------------------------
@@ -291,7 +282,8 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, row:
     images, reasons = _load_images(root, files[split], sides[split])
     left_out |= {file: reason for file, reason in zip(files[split], reasons) if reason}
     names = {_below(root, file): reason for file, reason in left_out.items()}
-    classes = classes_of(listings["train"]) if list(listings["train"]) == list(listings["test"]) else []
+    same = listings["train"].keys() == listings["test"].keys()
+    classes = list(listings[split]) if same and "" not in listings[split] else []
     unreadable = [name for name, group in listings[split].items() if group and all(file in left_out for file in group)]
     if not len(images) or (labels and unreadable):
         of_class = f" of the class {unreadable[0]}" if classes else ""
@@ -303,24 +295,13 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, row:
         images = images[:, :1]
         say(f"{root}: all images are grey, so they have one channel and are not mirrored (see --channels and --flip)")
     y = [label for label, group in enumerate(listings[split].values()) for file in group if file not in left_out]
-    train = split == "train"
-    return ImageData(
-        images=torch.from_numpy(images),
-        labels=torch.tensor(y) if classes else None,
-        classes=classes,
-        name=name,
-        flip=train and row.flip and not grey,
-        image_size=size,
-        crop=train and large,
-        left_out=names,
-    )
+    flip, crop = split == "train" and row.flip and not grey, split == "train" and large
+    x, labelled = torch.from_numpy(images), torch.tensor(y) if classes else None
+    return ImageData(x, labelled, classes, name, flip, size, crop, names)
 
 
 def _judge_size(root: Path, files: list[Path], image_size: int | None) -> tuple[int, bool]:
-    """The size for photographs of many sizes, by default at most 64, and whether they are large enough for crops.
-
-    A few small ones among them do not decide: three quarters are at least as large.
-    """
+    """The size for photographs of many sizes (three quarters are at least as large), and whether to crop them."""
     sides = {}
     for file in progress(files[:: math.ceil(len(files) / 10_000)], desc="reading sizes", unit="image"):
         with contextlib.suppress(Exception), Image.open(file) as image:  # what cannot be read is named later
@@ -398,11 +379,6 @@ def by_folder(folder: Path, images: list[Path]) -> Groups:
         name, _, inside = _below(folder, image).partition(os.sep)
         groups.setdefault(name if inside else "", []).append(image)
     return {name: groups[name] for name in sorted(groups, key=by_number)}
-
-
-def classes_of(groups: Groups) -> list[str]:
-    """None where an image lies beside the class folders."""
-    return [] if "" in groups else list(groups)
 
 
 def _open(folder: Path, images: list[Path]) -> tuple[Path, Groups]:
@@ -507,10 +483,9 @@ def _list_splits(root: Path, labels: bool) -> tuple[dict[str, Groups], dict[Path
 
 
 def describe_folder(name_or_path: str | Path) -> str | None:
-    """What tells a folder of one's own from others of its name, wherever it lies: its files' number and a hash.
+    """What tells a folder of one's own from others of its name: its images' number and a hash of their names and sizes.
 
-    The files are its images, or all where it holds the data in other formats; the hash is of their names and sizes.
-    None for built-in data.
+    Of all files where it holds the data in other formats; None for built-in data.
     """
     folder = Path(name_or_path).expanduser().resolve()
     if str(name_or_path) in DATASETS or not folder.is_dir():
@@ -522,7 +497,7 @@ def describe_folder(name_or_path: str | Path) -> str | None:
 
 
 def _file_facts(folder: Path, files: Iterable[Path]) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Each file's path below the folder, and its size and times. A link to nowhere has none, and is passed over."""
+    """Each file's path below the folder, and its size and times, which a link to nowhere does not have."""
     for file in files:
         with contextlib.suppress(OSError):
             yield os.fsencode(_below(folder, file)), file.stat()
@@ -564,7 +539,7 @@ def _decode(path: Path, side: int) -> np.ndarray:
         with Image.open(path) as image:
             image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
             with one_at_a_time if math.prod(image.size) > 50_000_000 else contextlib.nullcontext():
-                upright = image
+                upright: Image.Image = image
                 with contextlib.suppress(Exception):  # the camera's notes may be damaged
                     upright = ImageOps.exif_transpose(image)
                 rgb = to_rgb(upright, image.format)
@@ -633,7 +608,7 @@ def _load_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarray
         if not cache.exists():
             with atomic_path(cache) as temporary, open(temporary, "wb") as stream:
                 write(stream)
-        records = np.memmap(cache, record, "c")  # "c": writes stay private; PyTorch warns about read-only arrays
+        records: np.ndarray = np.memmap(cache, record, "c")  # writes stay private
     except (UserError, OSError, ValueError) as error:
         say(f"the decoded images stay in memory: {error}")
         buffer = io.BytesIO()
@@ -666,8 +641,7 @@ def with_channels(images: torch.Tensor, channels: int | None) -> torch.Tensor:
 def augment(data: ImageData, index, generator: torch.Generator | None = None) -> torch.Tensor:
     """The images at `index` as a batch for training: float, N x C x image_size x image_size, in [-1, 1].
 
-    Flips each image with probability 1/2 where data.flip, and cuts and resizes a random part of 80-100% of its area
-    where data.crop. Depends on the generator only; without one it flips nothing and shows each image whole.
+    Perhaps flipped where data.flip, and cropped where data.crop; without a generator each is shown as it is.
     """
     if data.crop and generator is not None:
         images = _random_crops(data, index, generator)
@@ -682,10 +656,7 @@ def augment(data: ImageData, index, generator: torch.Generator | None = None) ->
 
 
 def _random_crops(data: ImageData, index, generator: torch.Generator) -> torch.Tensor:
-    """A box of 80-100% of the area at any place in each image, resized to image_size.
-
-    The box is as wide or as high as still fits (torchvision's RandomResizedCrop draws again until it fits).
-    """
+    """A box of 80-100% of the area, as wide or as high as still fits, at any place in each image, resized."""
     index = torch.as_tensor(index)
     side = data.images.shape[-1]
     area, shape, top, left = torch.rand(4, len(index), generator=generator, device=generator.device)
@@ -694,12 +665,11 @@ def _random_crops(data: ImageData, index, generator: torch.Generator) -> torch.T
     top, left = (top * (side - height + 1)).floor(), (left * (side - width + 1)).floor()
     boxes = torch.stack([top, left, top + height, left + width], 1).int().tolist()
     # one by one, yet fast: PyTorch resizes uint8 images whose channels come last in vectorised integers
-    return torch.cat(
-        [
-            resize(data.images[i : i + 1, :, top:bottom, left:right], data.image_size)
-            for i, (top, left, bottom, right) in zip(index.tolist(), boxes)
-        ]
+    crops = (
+        data.images[i : i + 1, :, top:bottom, left:right]
+        for i, (top, left, bottom, right) in zip(index.tolist(), boxes)
     )
+    return torch.cat([resize(crop, data.image_size) for crop in crops])
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
