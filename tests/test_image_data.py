@@ -9,6 +9,7 @@ import struct
 import sys
 import types
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -135,22 +136,11 @@ def test_parquet(tmp_path, capsys):
 # --- folders of images --------------------------------------------------------------------------------------------
 
 
-def test_class_folders_with_splits(tmp_path):
-    class_folder(tmp_path / "train", {"zebra": 3, "ant": 4})
-    class_folder(tmp_path / "test", {"ant": 1, "zebra": 2})
-    pixels = picture(tmp_path / "train/zebra/002.png", seed=77)
-    data = load_data(tmp_path)
-    assert data.classes == ["ant", "zebra"] and data.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
-    assert (data.name, data.image_size, data.flip, data.crop) == (tmp_path.name, 32, True, False)
-    assert np.array_equal(data.images[-1].permute(1, 2, 0), pixels)
-    test = load_data(tmp_path, "test")
-    assert len(test) == 3 and not test.flip and not test.crop
-
-
 def test_a_tenth_is_held_out_where_there_is_no_test_folder(tmp_path):
     class_folder(tmp_path, {"a": 25, "b": 15}, size=(8, 8))
     train, test = (load_data(tmp_path, split) for split in ("train", "test"))
-    assert torch.equal(test.images, load_data(tmp_path, "test").images)
+    assert torch.equal(test.images, load_data(tmp_path, "test").images) and train.name == tmp_path.name
+    assert (train.image_size, train.flip, train.crop, test.flip) == (8, True, False, False)
     train, test = ({image.numpy().tobytes() for image in data.images} for data in (train, test))
     assert len(train) == 36 and len(test) == 4 and not train & test
     few = class_folder(tmp_path / "few", {"a": 5})
@@ -224,97 +214,68 @@ def make(root, files):
 
 
 @pytest.mark.parametrize(
-    "files, train, test, classes, left_out",
+    "labels, files, train, test, classes, said",
     [
-        ("cat x 10, dog x 20", 27, 3, "cat dog", ""),
-        ("Training/cat x 3, Training/dog x 2, Testing/cat x 1, Testing/dog x 1", 5, 2, "cat dog", ""),
-        ("TRAIN/b x 2, TRAIN/a x 2, VALID/a x 1, VALID/b x 2", 4, 3, "a b", ""),
+        (0, "cat x 10, dog x 20", 27, 3, "cat dog", ""),
+        (0, "Training/cat x 3, Training/dog x 2, Testing/cat x 1, Testing/dog x 1", 5, 2, "cat dog", ""),
+        (0, "TRAIN/b x 2, TRAIN/a x 2, VALID/a x 1, VALID/b x 2", 4, 3, "a b", "VALID/ is held out"),
+        (0, "seg_train/seg_train/a x 3, seg_test/seg_test/a x 2, seg_pred/a x 4", 3, 2, "a", "4 in folders that are"),
+        (0, "train2017 x 4, val2017 x 2", 4, 2, "", ""),
+        (0, "train_set/a x 2, test-images/a x 1", 2, 1, "a", ""),
+        (0, "train/a x 4, test/a x 3, val/a x 2", 4, 3, "a", "2 in folders that are neither"),
+        (0, "train/a x 4, validation/a x 2, readme.md", 4, 2, "a", ""),
+        (0, "data/set/PetImages/Cat x 10, data/set/PetImages/Dog x 10, data/readme[1].txt", 18, 2, "Cat Dog", ""),
+        (0, "photos/train/train/a x 4, photos/test/test/a x 2", 4, 2, "a", ""),
+        (0, "images/train x 4, images/val x 2, labels/train/a.txt, labels/val/b.txt", 4, 2, "", ""),
+        (0, "train x 10, bus x 10", 18, 2, "bus train", ""),  # vehicles
+        (0, "train/train x 3, train/bus x 3, test/train x 1, test/bus x 1", 6, 2, "bus train", ""),
+        (0, "training x 10, reading x 10, test x 10", "rename training/", "", "", ""),
+        (0, "train/1 x 10, train/2 x 10, bus x 10", "read in two ways.* classes bus, train", "", "", ""),
+        (0, "test x 10, control x 10", 18, 2, "control test", ""),
+        (0, "trainers x 10, boots x 10", 18, 2, "boots trainers", ""),
+        (0, "train/a x 20", 18, 2, "a", ""),
+        (0, "train x 20", 18, 2, "", ""),
+        (0, "0 x 2, 1 x 2, 2 x 2, 10 x 2, 11 x 2", 9, 1, "0 1 2 10 11", ""),
+        (1, "class_9 x 5, class_10 x 4", 9, "too few", "class_9 class_10", ""),
+        (0, "a.png, b.png, c.JPG, edited x 7, edited/raw x 10", 18, 2, "", ""),  # an album beside
+        (0, "photos x 10, run/state_00000005_0123456789abcdef.pt, run/samples.png", 9, 1, "photos", ""),
+        (0, "photos x 10, runs/a/model.safetensors, runs/a/samples.png", 9, 1, "photos", ""),
+        (0, "a x 10, Thumbs.db, a/desktop.ini, a/clip.mpg", 9, 1, "a", "3 not an image, such as Thumbs.db"),
+        (0, "a x 9, no_suffix", 9, 1, "", ""),
+        (0, "a x 10, @eaDir/a x 3, __MACOSX/a x 3, .hidden x 2", 9, 1, "a", ""),
+        (0, "cat x 10, dog x 9, cover.png", 18, 2, "", ""),
         (
-            "seg_train/seg_train/sea x 3, seg_test/seg_test/sea x 2, seg_pred/seg_pred x 4",
-            3,
+            1,
+            "cat x 10, dog x 10, cover.png, back.png",
+            18,
             2,
-            "sea",
-            "4 in folders that are neither",
+            "cat dog",
+            "2 beside the class folders, such as back.png",
         ),
-        ("train2017 x 4, val2017 x 2", 4, 2, "", ""),
-        ("train_set/a x 2, test-images/a x 1", 2, 1, "a", ""),
-        ("train/a x 4, test/a x 3, val/a x 2", 4, 3, "a", "2 in folders that are neither"),
-        ("train/a x 4, validation/a x 2, readme.md", 4, 2, "a", ""),
-        ("data/set/PetImages/Cat x 10, data/set/PetImages/Dog x 10, data/readme[1].txt", 18, 2, "Cat Dog", ""),
-        ("photos/train/train/a x 4, photos/test/test/a x 2", 4, 2, "a", ""),
-        ("images/train x 4, images/val x 2, labels/train/a.txt, labels/val/b.txt", 4, 2, "", ""),
-        ("train x 10, bus x 10", 18, 2, "bus train", ""),  # vehicles
-        ("train/train x 3, train/bus x 3, test/train x 1, test/bus x 1", 6, 2, "bus train", ""),
-        ("training x 10, reading x 10, test x 10", None, "rename training/", "", ""),
-        ("train/1 x 10, train/2 x 10, bus x 10", None, "classes bus, train", "", ""),
-        ("train x 3, Train x 3", None, "read in two ways", "", ""),
-        ("test x 10, control x 10", 18, 2, "control test", ""),
-        ("trainers x 10, boots x 10", 18, 2, "boots trainers", ""),
-        ("train/a x 20", 18, 2, "a", ""),
-        ("train x 20", 18, 2, "", ""),
-        ("0 x 2, 1 x 2, 2 x 2, 10 x 2, 11 x 2", 9, 1, "0 1 2 10 11", ""),
-        ("class_9 x 5, class_10 x 5", 9, 1, "class_9 class_10", ""),
-        ("a.png, b.png, c.JPG, edited x 7, edited/raw x 10", 18, 2, "", ""),  # an album beside
-        ("photos x 10, run/state_00000005_0123456789abcdef.pt, run/samples.png", 9, 1, "photos", ""),
-        ("photos x 10, runs/a/model.safetensors, runs/a/samples.png", 9, 1, "photos", ""),
-        ("a x 10, Thumbs.db, a/desktop.ini, a/clip.mpg", 9, 1, "a", "3 not an image, such as Thumbs.db"),
-        ("a x 9, a/no_suffix", 9, 1, "a", ""),
-        ("a x 10, @eaDir/a x 3, __MACOSX/a x 3, .hidden x 2", 9, 1, "a", ""),
+        (1, "0.png, 1.png, edited x 1", "2 images of no class beside 1 in the class folders edited", "", "", ""),
+        (1, ", ".join(f"{i}.png" for i in range(12)), "has no labels, .* use class folders", "", "", ""),
+        (0, "train/cat x 10, train/dog x 10, test x 7", 20, 7, "", ""),  # as of competitions
+        (1, "train/cat x 10, train/dog x 10, test x 7", 18, 2, "cat dog", "test has no class folders: a tenth"),
+        (0, "train/cats x 2, train/dogs x 2, test/dogs x 2", 4, 2, "", ""),
+        (1, "train/cats x 2, train/dogs x 2, test/dogs x 2", "has the classes dogs, .* has cats, dogs", "", "", ""),
     ],
 )
-def test_layouts(files, train, test, classes, left_out, tmp_path):
-    """Numbers of images and classes as a person would count them, without asking for labels."""
+def test_layouts(labels, files, train, test, classes, said, tmp_path, capsys):
+    """Numbers of images and classes as a person would count them, or why the folder is refused."""
     make(tmp_path / "x", files)
-    if train is None:
-        with pytest.raises(UserError, match=test):
-            load_data(tmp_path / "x")
-        return
-    splits = [load_data(tmp_path / "x", split) for split in ("train", "test")]
-    assert [len(data) for data in splits] == [train, test]
-    assert splits[0].classes == splits[1].classes == classes.split()
-    assert (splits[0].labels is None) == (not classes)
-    said = image_data.describe(*splits, labels=False)
-    assert left_out in said if left_out else "left out" not in said
-
-
-@pytest.mark.parametrize(
-    "files, train, test, classes, left_out",
-    [
-        ("2 x 3, 10 x 3, 1 x 3", 9, "too few", "1 2 10", ""),
-        ("cat x 10, dog x 10, cover.png, back.png", 18, 2, "cat dog", "2 beside the class folders, such as back.png"),
-        ("0.png, 1.png, edited x 1", "2 images of no class beside 1 in the class folders edited", "", "", ""),
-        (", ".join(f"{i}.png" for i in range(12)), "has no labels, .* use class folders", "", "", ""),
-        ("train/cat x 10, train/dog x 10, test x 7", 18, 2, "cat dog", "7 in folders that are neither"),
-        ("train/cats x 2, train/dogs x 2, test/dogs x 2", "has the classes dogs, .* has cats, dogs", "", "", ""),
-    ],
-)
-def test_layouts_where_labels_are_needed(files, train, test, classes, left_out, tmp_path):
-    """A label is a number: a test split that lacks a class would give the next ones other numbers."""
-    make(tmp_path, files)
-    for split, count in (("train", train), ("test", test or train)):
-        if isinstance(count, str):
-            with pytest.raises(UserError, match=count):
-                load_data(tmp_path, split, labels=True)
+    lines = ""
+    for split, expected in (("train", train), ("test", test or train)):
+        if isinstance(expected, str):
+            with pytest.raises(UserError, match=expected):
+                load_data(tmp_path / "x", split, labels=labels)
             continue
-        data = load_data(tmp_path, split, labels=True)
-        assert len(data) == count and data.classes == classes.split()
-        assert left_out in image_data.describe(data, None, True)
+        data = load_data(tmp_path / "x", split, labels=labels)
+        assert len(data) == expected and data.classes == classes.split() and (data.labels is None) == (not classes)
         for label, name in enumerate(data.classes):
-            expected = {np.asarray(Image.open(file)).tobytes() for file in tmp_path.glob(f"**/{name}/*")}
-            images = data.images[data.labels == label].permute(0, 2, 3, 1)
-            assert {image.numpy().tobytes() for image in images} <= expected
-
-
-@pytest.mark.parametrize(
-    "files, notice",
-    [
-        ("train/a x 3, Valid/a x 2", "Valid/ is held out"),
-        ("train/cat x 10, train/dog x 10, test x 7", "test has no class folders: a tenth"),
-    ],
-)
-def test_what_is_held_out_is_said(files, notice, tmp_path, capsys):
-    load_data(make(tmp_path, files), labels=True)
-    assert notice in capsys.readouterr().err
+            pixels = {np.asarray(Image.open(file)).tobytes() for file in tmp_path.glob(f"**/{name}/**/*.png")}
+            assert {x.numpy().tobytes() for x in data.images[data.labels == label].permute(0, 2, 3, 1)} <= pixels
+        lines += image_data.describe(data, None, False) + capsys.readouterr().err
+    assert said in lines if said else "left out" not in lines
 
 
 @pytest.mark.parametrize(
@@ -396,26 +357,24 @@ def test_a_data_set_is_one_row(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_known_by_its_files_wherever_it_lies(tmp_path):
+    describe = image_data.describe_folder
     a, b = (class_folder(tmp_path / side / "photos", {"cats": 3, "dogs": 2}) for side in "ab")
-    assert image_data.describe_folder(a) == image_data.describe_folder(b)
-    assert image_data.describe_folder(a).startswith("5 files, ")
-    (a / ".hidden").write_text("passed over")
-    assert image_data.describe_folder(a) == image_data.describe_folder(b)
-    for part in ("train", "test"):
-        class_folder(tmp_path / "split" / part, {"cats": 3, "dogs": 2})
-    split = image_data.describe_folder(tmp_path / "split")
-    picture(tmp_path / "split/elsewhere/000.png")  # neither train nor test
-    assert image_data.describe_folder(tmp_path / "split") == split != image_data.describe_folder(a)
-    for stray in ("Thumbs.db", "cats/notes.txt", "run/model.safetensors"):
+    assert describe(a) == describe(b) and describe(a).startswith("5 files, ")
+    for stray in (".hidden", "Thumbs.db", "cats/notes.txt", "run/model.safetensors"):
         (a / stray).parent.mkdir(exist_ok=True)
         (a / stray).write_text("no image")
-    before = image_data.describe_folder(a)
-    assert before == image_data.describe_folder(b)
+    assert describe(a) == describe(b)
     picture(a / "dogs/new.png")
-    assert image_data.describe_folder(a).startswith("6 files, ")
+    assert describe(a).startswith("6 files, ")
+    before = describe(b)
     picture(b / "dogs/000.png", (33, 32))
-    assert before != image_data.describe_folder(b)
-    assert image_data.describe_folder("cifar10") is image_data.describe_folder(tmp_path / "nowhere") is None
+    assert describe(b) != before
+    for part in ("train", "test"):
+        class_folder(tmp_path / "split" / part, {"cats": 3, "dogs": 2})
+    before = describe(tmp_path / "split")
+    picture(tmp_path / "split/elsewhere/000.png")  # neither train nor test
+    assert describe(tmp_path / "split") == before
+    assert describe("cifar10") is describe(tmp_path / "nowhere") is None
 
 
 def test_images_are_decoded_once(tmp_path, monkeypatch):
@@ -433,6 +392,10 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys):
     class_folder(tmp_path / "data", {"a": 5})
+    with monkeypatch.context() as patch:
+        patch.setattr(image_data, "decode_image", interrupt := Mock(side_effect=KeyboardInterrupt))
+        pytest.raises(KeyboardInterrupt, load_data, tmp_path / "data")
+    assert interrupt.called and not list(image_data.CACHE.iterdir())  # nor is there half a one
     expected = load_data(tmp_path / "data").images.clone()
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(image_data, "CACHE", tmp_path / "file")
@@ -440,23 +403,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, c
     assert "stay in memory" in capsys.readouterr().err
 
 
-def test_interrupted_decoding_leaves_no_cache(tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    class_folder(tmp_path, {"a": 3})
-    monkeypatch.setattr(image_data, "decode_image", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        load_data(tmp_path)
-    assert not list(image_data.CACHE.iterdir())
-
-
 def test_decoding_agrees_with_torchvision(tmp_path):
-    pixels = np.asarray(
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize((150, 100))
-    )
-    Image.fromarray(pixels).save(tmp_path / "x.png")
-    expected = v2.Compose([v2.Resize(80), v2.CenterCrop(80)])(Image.fromarray(pixels))
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize((150, 100))
+    photo.save(tmp_path / "x.png")
+    expected = v2.Compose([v2.Resize(80), v2.CenterCrop(80)])(photo)
     decoded = image_data.decode_image(tmp_path / "x.png", 80)
     assert decoded.shape == (80, 80, 3)
     assert np.abs(decoded.astype(int) - np.asarray(expected).astype(int)).max() <= 2
