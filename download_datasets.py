@@ -29,7 +29,7 @@ import requests
 from PIL import Image
 
 import utils
-from image_data import DATASETS, DataSet, count_reasons, decode_images, list_images, load_data, split_folders
+from image_data import DATASETS, DataSet, checked, count_reasons, decode_images, load_data, split_folders
 from utils import ArgumentParser, UserError, command_line, progress, say
 from weights import load_checkpoint
 
@@ -107,13 +107,13 @@ def arrange(source: Path, images: Path, name: str) -> None:
         return
     folders = [file.parent for file in visible_files(source) if file.suffix.lower() in Image.registered_extensions()]
     found = Path(os.path.commonpath(folders or [source]))  # archives wrap it in other folders
-    flat = [part for part in splits_of(found) if not any(entry.is_dir() for entry in part.iterdir())]
+    flat = [part for part in split_folders(found)[0] if not any(entry.is_dir() for entry in part.iterdir())]
     if flat and not row.flat:
         raise UserError(f"{flat[0]} has no class folders")
     if flat == [found]:  # one class, called after the data set
         images.mkdir()
     found.rename(images / name if flat == [found] else images)
-    for part in splits_of(images):
+    for part in split_folders(images)[0]:
         files = visible_files(part)
         decoded = decode_images(files, 8, f"checking {part.name}")
         left_out = {str(file.relative_to(part)): why for file, why in zip(files, decoded) if isinstance(why, str)}
@@ -121,11 +121,6 @@ def arrange(source: Path, images: Path, name: str) -> None:
             say(f"{part}: left out {len(left_out)} of {len(files):,} files: {count_reasons(left_out)}")
         for name in left_out:
             (part / name).unlink()
-
-
-def splits_of(root: Path) -> list[Path]:
-    """The folders of training and of test images; the one folder, if they are not apart."""
-    return [part for part in split_folders(root)[:2] if part]
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -140,7 +135,7 @@ def count_images(root: Path, labels: bool) -> str:
     """How many images each split and class has, in words. Raises UserError where one has none or is damaged."""
     if any(any(root.glob(pattern)) for pattern in (*MNIST_FILES, "cifar-10-batches-py")):
         return ", ".join(f"{split} {len(load_data(root, split)):,} images" for split in ("train", "test"))
-    groups_of = {part.name: list_images(part, labels)[0] for part in splits_of(root)}
+    groups_of = {part.name: checked(part, groups, labels) for part, groups in split_folders(root)[0].items()}
     if labels and len({tuple(groups) for groups in groups_of.values()}) > 1:
         raise UserError(f"{root}: train and test have different classes")
     words = []

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils import ROOT, UserError, atomic_path, progress, say, to_model
@@ -31,7 +32,6 @@ from utils import ROOT, UserError, atomic_path, progress, say, to_model
 CACHE = ROOT / ".cache"  # decoded photographs; deleting it only costs the time to decode them again
 Image.MAX_IMAGE_PIXELS = 210_000_000  # phones make 200 megapixels; Pillow warns above this and refuses twice as many
 warnings.filterwarnings("ignore", module="PIL")  # of metadata that is damaged, which does not matter here
-HEIC = (".heic", ".heif", ".hif")
 NO_HEIC = "in HEIC, which needs `pip install pillow-heif`"
 SPLIT_NAMES = {"train": "train|training", "test": "test|testing", "validation": "val|valid|validation|dev|eval"}
 
@@ -253,8 +253,6 @@ def _read_parquet(pattern: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_cifar_batches(folder: Path, split: str) -> Arrays | None:
-    import torchvision
-
     parent = folder.parent if folder.name == "cifar-10-batches-py" else folder
     if not (parent / "cifar-10-batches-py").is_dir():
         return None
@@ -271,13 +269,10 @@ def _read_cifar_batches(folder: Path, split: str) -> Arrays | None:
 def _load_folder(root: Path, split: str, image_size: int | None, name: str, row: DataSet, labels: bool) -> ImageData:
     listings, left_out = _list_splits(root, labels)
     files = {part: list(itertools.chain(*groups.values())) for part, groups in listings.items()}
-    other = "test" if split == "train" else "train"
+    every = files["train"] + files["test"]
     if not files[split]:
-        count = len(files[other])
-        raise UserError(f"{root} has too few images ({count}) to hold out a tenth of them as the test split")
-    size, large = image_size or row.image_size, False
-    if row.crop:  # photographs of any size
-        size, large = _judge_size(root, files["train"] + files["test"], image_size)
+        raise UserError(f"{root} has too few images ({len(every)}) to hold out a tenth of them as the test split")
+    size, large = _judge_size(root, every, image_size) if row.crop else (image_size or row.image_size, False)
     sides = {"train": round(1.25 * size) if large else size, "test": size}
     images, reasons = _load_images(root, files[split], sides[split])
     left_out |= {file: reason for file, reason in zip(files[split], reasons) if reason}
@@ -289,8 +284,8 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, row:
         of_class = f" of the class {unreadable[0]}" if classes else ""
         raise UserError(f"{root} has no readable image{of_class}: {count_reasons(names)}")
     grey = row.channels is None and is_grey(images)
-    if grey and files[other]:  # both splits have the same channels, whichever one the colour is in
-        grey = is_grey(_load_images(root, files[other], sides[other])[0])
+    for part in files if grey else ():  # both splits have the same channels, whichever one the colour is in
+        grey = grey and (not files[part] or is_grey(_load_images(root, files[part], sides[part])[0]))
     if grey:
         images = images[:, :1]
         say(f"{root}: all images are grey, so they have one channel and are not mirrored (see --channels and --flip)")
@@ -369,10 +364,6 @@ def files_below(folder: Path, top: bool = True) -> Iterator[Path]:
             yield from files_below(folder / name, top=False)
 
 
-def images_below(folder: Path) -> list[Path]:
-    return [file for file in files_below(folder) if is_image(file)]
-
-
 def by_folder(folder: Path, images: list[Path]) -> Groups:
     groups: Groups = {}
     for image in images:
@@ -390,32 +381,26 @@ def _open(folder: Path, images: list[Path]) -> tuple[Path, Groups]:
     return folder, groups
 
 
-def split_folders(root: Path) -> tuple[Path, Path | None, list[Path]]:
-    """The folder of training images, the one that is held out (None: a part of the first), and those of neither."""
-    folder, groups = _open(root, images_below(root))
+def split_folders(root: Path) -> tuple[dict[Path, Groups], list[Path]]:
+    """The folder of training images and, if it is apart, the one of those held out; then the images of neither."""
+    folder, groups = _open(root, [file for file in files_below(root) if is_image(file)])
     kinds: dict[str, list[str]] = {"train": [], "test": [], "validation": [], "": []}
     for name in filter(None, groups):
         kinds[_split_of(name)].append(name)
-    held_out, others = kinds["test"] + kinds["validation"], kinds[""]
-    if not kinds["train"]:
-        return folder, None, []
-    name = kinds["train"][0]
-    train, inside = _open(folder / name, groups[name])
-    flat = "" in inside
-    if flat and not held_out and (others or "" in groups):
-        return folder, None, []  # trains among other vehicles, or an album beside images
-    if len(kinds["train"]) > 1 or (others and flat == bool(held_out)):
+    train, held_out, others = kinds["train"], kinds["test"] + kinds["validation"], kinds[""]
+    flat = bool(train) and "" in _open(folder / train[0], groups[train[0]])[1]
+    if not train or (flat and not held_out and (others or "" in groups)):
+        return {folder: groups}, []  # perhaps trains among other vehicles, or an album beside images
+    if len(train) > 1 or (others and flat == bool(held_out)):
         raise UserError(
-            f"{folder} can be read in two ways: {name}/ as the training images and the rest as other folders, or all "
-            f"as the classes {', '.join(filter(None, groups))}: rename {name}/, or move what does not belong to the "
-            "data out of it"
+            f"{folder} can be read in two ways: {train[0]}/ as the training images and the rest as other folders, or "
+            f"all as the classes {', '.join(filter(None, groups))}: rename {train[0]}/, or move what does not belong "
+            "to the data out of it"
         )
-    if not held_out:
-        return train, None, [folder / other for other in others]
-    if held_out[0].lower() != "test":
+    if held_out and held_out[0].lower() != "test":
         say(f"{folder}: {held_out[0]}/ is held out")
-    test, _ = _open(folder / held_out[0], groups[held_out[0]])
-    return train, test, [folder / other for other in held_out[1:] + others]
+    unused = [file for name in held_out[1:] + others for file in groups[name]]
+    return dict(_open(folder / name, groups[name]) for name in train + held_out[:1]), unused
 
 
 def _split_of(name: str) -> str:
@@ -426,60 +411,55 @@ def _split_of(name: str) -> str:
     return ""
 
 
-def list_images(folder: Path, labels: bool = True) -> tuple[Groups, dict[Path, str]]:
-    """The images of a folder, and why its other files are left out. Raises UserError where it has none.
+def checked(folder: Path, groups: Groups, labels: bool) -> Groups:
+    """The groups of a folder, without images of no class where labels are needed and these are few.
 
-    labels: whether classes are needed. Then none may be empty, and the images beside them are left out if they are few.
+    Raises UserError where they are many, where a class is empty, and where there is no image at all.
     """
-    images: list[Path] = []
-    left_out = {}
-    for file in files_below(folder):
-        if is_image(file):
-            images.append(file)
-        else:
-            left_out[file] = NO_HEIC if file.suffix.lower() in HEIC else "not an image"
     for entry in (folder / name for name in visible(os.listdir(folder)) if labels):
         if entry.is_dir() and not any(files_below(entry)) and not is_run(os.listdir(entry)):
             raise UserError(f"the class folder {entry} is empty: fill it or delete it")
-    groups = by_folder(folder, images)
     if not groups:
         raise UserError(f"{folder} has no image")
-    if labels and len(groups) > 1 and "" in groups:
-        own = groups.pop("")
-        inside = len(images) - len(own)
-        if len(own) > inside:
-            raise UserError(
-                f"{folder} has {len(own):,} images of no class beside {inside:,} in the class folders "
-                f"{', '.join(groups)}: move each into its class, or train without labels, which reads them all"
-            )
-        left_out |= dict.fromkeys(own, "beside the class folders")
-    return groups, left_out
+    classes = {name: files for name, files in groups.items() if name}
+    own, inside = len(groups.get("", [])), sum(map(len, classes.values()))
+    if labels and own > inside > 0:
+        raise UserError(
+            f"{folder} has {own:,} images of no class beside {inside:,} in the class folders {', '.join(classes)}: "
+            "move each into its class, or train without labels, which reads them all"
+        )
+    return classes if labels and classes else groups
 
 
 def _list_splits(root: Path, labels: bool) -> tuple[dict[str, Groups], dict[Path, str]]:
     """The images of both splits, and why other files are left out. Raises UserError where classes that count differ."""
-    folder, test_folder, unused = split_folders(root)
-    train, left_out = list_images(folder, labels)
-    test: Groups | None = None
-    if test_folder:
-        test, also = list_images(test_folder, labels)
-        if labels and "" in test:
-            say(f"{test_folder} has no class folders: a tenth of {folder} is held out instead")
-            unused, test = [*unused, test_folder], None
-        elif labels and list(test) != list(train):
+    found, unused = split_folders(root)
+    (folder, train), *apart = [(part, checked(part, groups, labels)) for part, groups in found.items()]
+    if apart and labels and "" in apart[0][1]:
+        say(f"{apart[0][0]} has no class folders: a tenth of {folder} is held out instead")
+        unused, apart = unused + apart[0][1][""], []
+    if apart:
+        test_folder, test = apart[0]
+        if labels and list(test) != list(train):
             raise UserError(
                 f"{test_folder} has the classes {', '.join(test)}, {folder} has {', '.join(train)}: "
                 "labels are numbers in the order of the names, so both must have the same"
             )
-        left_out |= also
-    for other in unused:
-        left_out |= dict.fromkeys(images_below(other), "in folders that are neither trained on nor held out")
-    if test is None:
+    else:
         files = sorted(itertools.chain(*train.values()), key=lambda file: zlib.crc32(os.fsencode(_below(folder, file))))
         tenth = set(files[: len(files) // 10])
         test = {name: [file for file in group if file in tenth] for name, group in train.items()}
         train = {name: [file for file in group if file not in tenth] for name, group in train.items()}
+    used = set(itertools.chain(*train.values(), *test.values(), unused))
+    left_out = {file: _why_left_out(file) for part in found for file in files_below(part) if file not in used}
+    left_out |= dict.fromkeys(unused, "in folders that are neither trained on nor held out")
     return {"train": train, "test": test}, left_out
+
+
+def _why_left_out(file: Path) -> str:
+    if is_image(file):
+        return "beside the class folders"
+    return NO_HEIC if file.suffix.lower() in (".heic", ".heif", ".hif") else "not an image"
 
 
 def describe_folder(name_or_path: str | Path) -> str | None:
@@ -490,10 +470,10 @@ def describe_folder(name_or_path: str | Path) -> str | None:
     folder = Path(name_or_path).expanduser().resolve()
     if str(name_or_path) in DATASETS or not folder.is_dir():
         return None
-    parts = [by_folder(part, images_below(part)) for part in split_folders(folder)[:2] if part]
-    files = [file for groups in parts for group in groups.values() for file in group] or files_below(folder)
-    facts = [name + f"\0{status.st_size}\n".encode() for name, status in _file_facts(folder, files)]
-    return f"{len(facts)} files, {hashlib.sha256(b''.join(facts)).hexdigest()[:16]}"
+    images = [file for groups in split_folders(folder)[0].values() for file in itertools.chain(*groups.values())]
+    facts = _file_facts(folder, images or files_below(folder))
+    lines = [name + f"\0{status.st_size}\n".encode() for name, status in facts]
+    return f"{len(lines)} files, {hashlib.sha256(b''.join(lines)).hexdigest()[:16]}"
 
 
 def _file_facts(folder: Path, files: Iterable[Path]) -> Iterator[tuple[bytes, os.stat_result]]:
@@ -545,8 +525,6 @@ def _decode(path: Path, side: int) -> np.ndarray:
                 rgb = to_rgb(upright, image.format)
     except (SyntaxError, ValueError, UnidentifiedImageError) as error:
         # Pillow refuses a PNG or JPEG for some damages of its metadata: torchvision reads the pixels only, all or none
-        import torchvision
-
         try:
             pixels = torchvision.io.decode_image(str(path), "RGB")
         except RuntimeError:
