@@ -293,7 +293,7 @@ def unpack(source: Path, folder: Path) -> None:
                 for info in zipped.infolist():
                     info.filename = info.filename.replace("\\", "/")  # some programs for Windows write it so
                 check_members(source, {info.filename: info.file_size for info in zipped.infolist()}, folder)
-                zipped.extractall(folder)
+                zipped.extractall(folder, zipped.infolist())
         elif tarfile.is_tarfile(source):
             with tarfile.open(source) as archive:
                 check_members(source, {info.name: info.size for info in archive}, folder)
