@@ -21,7 +21,7 @@ import features
 from ddpm import Diffusion
 from image_data import ImageData, load_data
 from modules import PatchUNet
-from utils import UserError, generator, load_samples, save_samples, sha256, to_model, to_uint8
+from utils import UserError, generator, save_samples, sha256, to_model, to_uint8
 from weights import read_tensors, save_checkpoint, save_tensors
 
 
@@ -543,46 +543,6 @@ def test_shipped_classifier_orders_images(shipped):
         assert values == sorted(values) and values[0] < values[-1]
 
 
-# --- what others made ---------------------------------------------------------------------------------------------
-
-PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), np.uint8)
-
-
-@pytest.mark.parametrize(
-    "arrays, said",
-    [
-        ({"arr_0": PIXELS, "arr_1": np.arange(5)}, ""),
-        ({"samples": PIXELS.transpose(0, 3, 1, 2)}, ""),
-        ({"images": PIXELS / 255}, "read as in [0, 1]"),
-        ({"images": (PIXELS.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)}, "read as in [-1, 1]"),
-    ],
-)
-def test_samples_of_other_programs(arrays, said, tmp_path, capsys):
-    np.savez(tmp_path / "x.npz", **arrays)
-    np.save(tmp_path / "x.npy", next(iter(arrays.values())))
-    for path in (tmp_path / "x.npz", tmp_path / "x.npy"):
-        images, labels = load_samples(path)
-        assert torch.equal(images, torch.from_numpy(PIXELS).permute(0, 3, 1, 2)) and said in capsys.readouterr().err
-        assert (labels is not None) == (path.suffix == ".npz" and "arr_1" in arrays)
-
-
-def test_pictures_of_other_programs(tmp_path):
-    for i, image in enumerate(PIXELS):
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
-    (tmp_path / "notes.txt").write_text("no picture")
-    images, labels = load_samples(tmp_path)
-    assert torch.equal(images, torch.from_numpy(PIXELS).permute(0, 3, 1, 2)) and labels is None
-    picture(tmp_path / "grey/a/x.png")
-    picture(tmp_path / "grey/b/y.jpg")
-    images, labels = load_samples(tmp_path / "grey")
-    assert images.shape == (2, 1, 8, 8) and labels == ["a", "b"]
-    with pytest.raises(UserError, match="must be of one size"):
-        load_samples(tmp_path)
-    with pytest.raises(UserError, match="folder 'a' is none of the classes c, d"):
-        evaluate.class_indices(labels, ["c", "d"])
-    assert evaluate.class_indices(["1", "c"], ["c", "d"]).tolist() == [1, 0]
-
-
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
@@ -607,6 +567,12 @@ def test_bad_samples(tmp_path, refused, make, options, message):
     out = tmp_path / "out.json"
     line = refused(evaluate.main, samples(tmp_path, **make), "--data", "fashion_mnist", *options, "--json-out", out)
     assert message in line and not out.exists()
+
+
+def test_labels_by_the_names_of_class_folders():
+    assert evaluate.class_indices(["1", "c"], ["c", "d"]).tolist() == [1, 0]
+    with pytest.raises(UserError, match="folder 'a' is none of the classes c, d"):
+        evaluate.class_indices(["a", "b"], ["c", "d"])
 
 
 @pytest.mark.parametrize("argv", [["likelihood"], ["likelihood", "x", "--n", "0"], ["x.npz"], ["sanity"]])
