@@ -30,9 +30,9 @@ from utils import (
     progress,
     save_gif,
     save_grid,
+    save_samples,
     say,
     sha256,
-    stream_samples,
     to_model,
     to_uint8,
 )
@@ -329,11 +329,12 @@ def run_sample(args):
             options |= {"batch_size": args.batch_size, "x_T": x_T}
             bar = functools.partial(progress, unit="step", desc="sampling")
             eps_models = predictor(model, labels, **guidance)
-            batches = map(to_uint8, diffusion.sample_batches(eps_models, args.n, shape, progress=bar, **options))
+            batches = diffusion.sample_batches(eps_models, args.n, shape, progress=bar, **options)
+            images = torch.cat([to_uint8(x) for x in batches])
             if suffix == ".png":
-                save_grid(torch.cat(list(batches)), args.out, columns)
+                save_grid(images, args.out, columns)
             else:
-                stream_samples(args.out, batches, (args.n, *shape[1:], shape[0]), labels, source)
+                save_samples(args.out, images, labels, source)
     print(f"wrote {args.out}")
 
 

@@ -187,10 +187,10 @@ def describe(train: ImageData, test: ImageData | None, labels: bool) -> str:
         count = "1 class" if len(train.classes) == 1 else f"{len(train.classes)} classes"
         line += f"; {count}: {', '.join(train.classes)}"
     left_out = train.left_out | (test.left_out if test else {})
-    return line + (f"\nleft out: {count_reasons(left_out)}" if left_out else "")
+    return line + (f"\nleft out: {_count(left_out)}" if left_out else "")
 
 
-def count_reasons(left_out: Mapping[str, str]) -> str:
+def _count(left_out: Mapping[str, str]) -> str:
     """In words, of files' names and why they are left out: how many for each reason, and one of them."""
     names: dict[str, list[str]] = {}
     for name, reason in left_out.items():
@@ -282,7 +282,7 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, row:
     unreadable = [name for name, group in listings[split].items() if group and all(file in left_out for file in group)]
     if not len(images) or (labels and unreadable):
         of_class = f" of the class {unreadable[0]}" if classes else ""
-        raise UserError(f"{root} has no readable image{of_class}: {count_reasons(names)}")
+        raise UserError(f"{root} has no readable image{of_class}: {_count(names)}")
     grey = row.channels is None and is_grey(images)
     for part in files if grey else ():  # both splits have the same channels, whichever one the colour is in
         grey = grey and (not files[part] or is_grey(_load_images(root, files[part], sides[part])[0]))
@@ -411,7 +411,7 @@ def _split_of(name: str) -> str:
     return ""
 
 
-def checked(folder: Path, groups: Groups, labels: bool) -> Groups:
+def _checked(folder: Path, groups: Groups, labels: bool) -> Groups:
     """The groups of a folder, without images of no class where labels are needed and these are few.
 
     Raises UserError where they are many, where a class is empty, and where there is no image at all.
@@ -434,7 +434,7 @@ def checked(folder: Path, groups: Groups, labels: bool) -> Groups:
 def _list_splits(root: Path, labels: bool) -> tuple[dict[str, Groups], dict[Path, str]]:
     """The images of both splits, and why other files are left out. Raises UserError where classes that count differ."""
     found, unused = split_folders(root)
-    (folder, train), *apart = [(part, checked(part, groups, labels)) for part, groups in found.items()]
+    (folder, train), *apart = [(part, _checked(part, groups, labels)) for part, groups in found.items()]
     if apart and labels and "" in apart[0][1]:
         say(f"{apart[0][0]} has no class folders: a tenth of {folder} is held out instead")
         unused, apart = unused + apart[0][1][""], []
@@ -557,16 +557,6 @@ def to_8_bits(x: np.ndarray, format: str | None) -> np.ndarray:
     raise UserError("with numbers in an unusual range")
 
 
-def decode_images(files: list[Path], side: int, description: str) -> Iterator[np.ndarray | str]:
-    """`decode_image` of every file, in order, in several threads (PIL decodes outside of Python's lock), with a bar."""
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        decoded = pool.map(lambda file: decode_image(file, side), files)
-        yield from progress(decoded, total=len(files), desc=description, unit="image")
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all the others
-
-
 def _load_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarray, list[str]]:
     """The readable files' pixels (uint8, N x 3 x side x side), and for every file why it is not readable, or "".
 
@@ -578,9 +568,14 @@ def _load_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarray
     cache = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
 
     def write(stream) -> None:
-        for decoded in decode_images(files, side, f"decoding {folder.name}"):
-            row = (decoded.encode(), 0) if isinstance(decoded, str) else (b"", decoded)
-            stream.write(np.array(row, record).tobytes())
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # PIL decodes outside of Python's lock
+        try:
+            results = pool.map(lambda file: decode_image(file, side), files)
+            for x in progress(results, total=len(files), desc=f"decoding {folder.name}", unit="image"):
+                row = (x.encode(), 0) if isinstance(x, str) else (b"", x)
+                stream.write(np.array(row, record).tobytes())
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all the others
 
     try:
         if not cache.exists():
