@@ -587,7 +587,7 @@ def _load_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarray
         buffer = io.BytesIO()
         write(buffer)
         records = np.frombuffer(buffer.getbuffer(), record)
-    reasons = [reason.decode() for reason in records["reason"]]
+    reasons = [reason.decode(errors="replace") for reason in records["reason"]]
     pixels = records["pixels"][[not reason for reason in reasons]] if any(reasons) else records["pixels"]
     return pixels.transpose(0, 3, 1, 2), reasons
 
