@@ -344,7 +344,8 @@ def is_image(file: Path) -> bool:
         return True
     with contextlib.suppress(OSError), open(file, "rb") as stream:
         start = stream.read(12)
-        return start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")) or start[::8] + start[8:] == b"RWWEBP"
+        webp = start[:4] == b"RIFF" and start[8:] == b"WEBP"
+        return webp or start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8"))
     return False
 
 
