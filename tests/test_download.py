@@ -398,7 +398,6 @@ def test_kaggle(root, tmp_path, kaggle_site, monkeypatch, capsys, refused, file,
         (False, OSError("Could not find kaggle.json"), "no Kaggle token that works: (1)"),
         (False, requests.ConnectionError(SECRET), "ConnectionError"),
         (True, requests.HTTPError(SECRET, response=SimpleNamespace(status_code=403)), "HTTP status 403"),
-        (True, ConnectionError(f"reset while sending {SECRET}"), "ConnectionError"),
         (True, ValueError(SECRET), "ValueError"),
         (True, SystemExit(1), "SystemExit"),
     ],
@@ -449,20 +448,12 @@ def test_checkpoints_from_google_drive(root, online, monkeypatch, capsys, refuse
 def test_checkpoints_by_hand(root, tmp_path, capsys, refused):
     """Bad ones are refused, and not executed."""
     write_checkpoints(tmp_path / "hand")
-    path, stream = tmp_path / "bad/conditional_ckpt.pt", io.BytesIO()
+    path = tmp_path / "bad/conditional_ckpt.pt"
     path.parent.mkdir()
-    torch.save(Malicious(tmp_path / "pwned"), stream)
-    for content, words in (
-        (b"", "empty"),
-        (b"no checkpoint", "damaged"),
-        (b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded", "a web page"),
-        (pickle.dumps(Malicious(tmp_path / "pwned"), protocol=2), "more than weights"),
-        (stream.getvalue(), "not weights alone"),
-    ):
-        path.write_bytes(content)
-        for source in (path, path.parent):
-            line = refused(main, "checkpoints", "--from", source)
-            assert words in line and path.name in line and nothing_left(root)
+    torch.save(Malicious(tmp_path / "pwned"), path)
+    for source in (path, path.parent):
+        line = refused(main, "checkpoints", "--from", source)
+        assert "not weights alone" in line and path.name in line and nothing_left(root)
     assert not (tmp_path / "pwned").exists()
     main(["checkpoints", "--from", str(tmp_path / "hand/conditional_ckpt.pt")])
     assert os.listdir(root / "checkpoints") == ["conditional_ckpt.pt"]
