@@ -8,6 +8,7 @@ python ddpm_unconditional.py sample --checkpoint runs/cosine_huber/model.safeten
 import argparse
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,25 +16,11 @@ import torch
 import cli
 import evaluate
 import training
+import utils
 from ddpm import LOSSES, SCHEDULES
 from features import check_shape, load_features, load_splits
 from image_data import load_data
-from utils import (
-    ROOT,
-    UserError,
-    atomic_path,
-    autocast,
-    command_line,
-    generator,
-    pick_device,
-    positive,
-    progress,
-    save_grid,
-    say,
-    to_model,
-    to_uint8,
-    write_json,
-)
+from utils import UserError, say
 from weights import load_checkpoint, read_checkpoint, save_checkpoint, select_weights
 
 # The best of a dozen shapes after two minutes of training each. The experiments had been trained before, on PatchUNet's
@@ -60,66 +47,52 @@ SAMPLER = {"sampler": "ddpm", "steps": 100, "seed": 0}
 
 
 def run_grid(args):
-    """Train, publish and measure the experiments one by one; what is finished is skipped, what was interrupted goes on.
+    """Train, measure and publish the experiments one by one; what was interrupted or is longer now goes on.
 
     Several of these commands share the work: an experiment that another process holds is left to it.
     """
-    check_measurable(args)
     names = args.only or list(GRID)
-    if unknown := [name for name in names if name not in EXPERIMENTS]:
-        raise UserError(f"no experiment is called {unknown[0]!r}: choose from {', '.join(EXPERIMENTS)}")
     check_free(args, names)
+    check_measurable(args)
     for i, name in enumerate(names):
         folder = args.out / name
         say(f"{name} ({i + 1} of {len(names)})")
         try:
-            settings = argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True})
-            if is_finished(folder, args.device):
-                check_finished(settings)
-            else:
-                cli.run_train(settings)
+            cli.run_train(argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True}))
             if training.is_main():
                 with training.locked(folder):
-                    if not (folder / "result.json").exists():
+                    if not is_measured(folder, args.n):
                         measure(name, folder, args.data, args.n, args.device)
         except training.Held as held:
             say(str(held))
-    if not training.is_main():
-        return
-    results = [
-        json.loads(path.read_text()) for name in EXPERIMENTS if (path := args.out / name / "result.json").exists()
-    ]
-    write_json(args.out / "grid.json", results)
-    if args.publish:
-        for result in results:
-            source = args.out / result["name"] / "ema.safetensors"
-            with atomic_path(ROOT / f"checkpoints/grid_{result['name']}.safetensors") as temporary:
-                temporary.write_bytes(source.read_bytes())
-        path = ROOT / "report/results/grid.json"
-        published = json.loads(path.read_text())["runs"] if path.exists() else []  # by other machines, perhaps
-        rows = {result["name"]: result for result in published + results}
-        runs = [rows[name] for name in EXPERIMENTS if name in rows]
-        command = " ".join(["python ddpm_unconditional.py grid --publish --only", *(run["name"] for run in runs)])
-        write_json(path, {"command": command, "runs": runs})
-    print(f"wrote {args.out / 'grid.json'}: {len(results)} experiments")
+    if training.is_main():
+        finished = [args.out / name / "result.json" for name in EXPERIMENTS]
+        results = [json.loads(path.read_text()) for path in finished if path.exists()]
+        utils.write_json(args.out / "grid.json", results)
+        if args.publish:
+            publish(args.out, results)
+        print(f"wrote {args.out / 'grid.json'}: {len(results)} experiments")
+
+
+def publish(out, results):
+    """Copy the weights to checkpoints/, and the results to report/results/grid.json beside those of other machines."""
+    for result in results:
+        with utils.atomic_path(utils.ROOT / f"checkpoints/grid_{result['name']}.safetensors") as temporary:
+            shutil.copyfile(out / result["name"] / "ema.safetensors", temporary)
+    path = utils.ROOT / "report/results/grid.json"
+    rows = json.loads(path.read_text())["runs"] if path.exists() else []
+    rows = {row["name"]: row for row in rows + results}
+    runs = [rows[name] for name in EXPERIMENTS if name in rows]
+    command = " ".join(["python ddpm_unconditional.py grid --publish --only", *(run["name"] for run in runs)])
+    utils.write_json(path, {"command": command, "runs": runs})
 
 
 def check_free(args, names):
     """Raise UserError for a flag that an experiment would override: what sets it apart from the others is its own."""
     for name in names:
         for flag, value in EXPERIMENTS[name].items():
-            if getattr(args, flag) not in (value, args.defaults[flag]):
-                raise UserError(
-                    f"{name} has its own --{flag}, {value}: leave --{flag} out, or choose others with --only"
-                )
-        if args.minutes and "epochs" in EXPERIMENTS[name]:
-            raise UserError(f"{name} is defined by its epochs: leave --minutes out, or this experiment")
-
-
-def is_finished(folder, device):
-    """True if the run has its model; the same in all processes of torchrun, whenever each of them looks."""
-    with training.process_group(device) as (_, world):
-        return training.any_process((folder / "model.safetensors").exists(), world, pick_device(device))
+            if getattr(args, flag) not in (value, args.defaults[flag]) or (flag == "epochs" and args.minutes):
+                raise UserError(f"{name} has its own --{flag}, {value}: leave that out, or choose others with --only")
 
 
 def check_measurable(args):
@@ -131,19 +104,11 @@ def check_measurable(args):
     evaluate.check_count(args.n, net.head.in_features)
 
 
-def check_finished(args):
-    """Raise UserError where the finished experiment in args.out had other settings than the flags ask for."""
-    _, config = cli.load_training(args)
-    _, trained = read_checkpoint(args.out / "model.safetensors")
-    training.check_settings(config, trained, args.out)
-    if config["train"]["steps"] != trained["train"]["steps"]:
-        raise UserError(
-            f"{args.out} was trained for {trained['train']['steps']} steps, not {config['train']['steps']}: "
-            "use another --out"
-        )
-    path = args.out / "result.json"
-    if path.exists() and (n := json.loads(path.read_text())["sampler"]["n"]) != args.n:
-        raise UserError(f"{args.out} was measured over {n} samples, not {args.n}: delete {path}")
+def is_measured(folder, n):
+    """Whether the run's result is of its weights as they are now, and of n samples."""
+    path = folder / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {"config": None}
+    return result["config"] == read_checkpoint(folder / "model.safetensors")[1] and result["sampler"]["n"] == n
 
 
 def first_images(data, n):
@@ -159,19 +124,19 @@ def measure(name, folder, data, n, device):
     tensors, config = read_checkpoint(folder / "model.safetensors")
     path, losses = folder / "ema.safetensors", tensors["losses"]
     save_checkpoint(path, {"ema": select_weights(tensors, "ema", config)}, config, losses, half=True)
-    model, diffusion, _ = load_checkpoint(path, device=pick_device(device))
+    model, diffusion, _ = load_checkpoint(path, device=utils.pick_device(device))
     size = config["data"]["image_size"]
 
     def sample_and_measure(picture, x_T=None):
-        bar = functools.partial(progress, unit="step", desc=f"sampling {name}")
+        bar = functools.partial(utils.progress, unit="step", desc=f"sampling {name}")
         shape = (model.channels, size, size)
-        with autocast(diffusion.betas.device):
-            images = to_uint8(diffusion.sample(model, n, shape, **SAMPLER, progress=bar, x_T=x_T))
-        save_grid(images[:64], folder / picture, columns=8)
+        with utils.autocast(diffusion.betas.device):
+            images = utils.to_uint8(diffusion.sample(model, n, shape, **SAMPLER, progress=bar, x_T=x_T))
+        utils.save_grid(images[:64], folder / picture, columns=8)
         return evaluate.evaluate_samples(images, data_name=data)
 
     test = load_data(data, "test", size)
-    test = to_model(first_images(test, min(1000, len(test))))
+    test = utils.to_model(first_images(test, min(1000, len(test))))
     result = {
         "name": name,
         "sha256": evaluate.sha256(path),
@@ -185,12 +150,12 @@ def measure(name, folder, data, n, device):
     }
     if diffusion.alphas_cumprod[-1] > 0.01:
         # The forward process stops short of noise: is the network to blame, or the N(0, I) that sampling starts from?
-        x0 = to_model(first_images(load_splits(data, size)[0], n))
-        noise = torch.randn(x0.shape, generator=generator(0, 2))
+        x0 = utils.to_model(first_images(load_splits(data, size)[0], n))
+        noise = torch.randn(x0.shape, generator=utils.generator(0, 2))
         x0, noise = x0.to(diffusion.betas.device), noise.to(diffusion.betas.device)
         x_T = diffusion.q_sample(x0, torch.full((len(x0),), diffusion.timesteps - 1, device=x0.device), noise)
         result["quality_from_true_x_T"] = sample_and_measure("samples_from_true_x_T.png", x_T)
-    write_json(folder / "result.json", result)
+    utils.write_json(folder / "result.json", result)
 
 
 def main(argv=None):
@@ -199,8 +164,9 @@ def main(argv=None):
     grid = commands.add_parser("grid", help=help)
     cli.add_train_flags(grid, conditional=False, shape={})
     grid.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs")
-    grid.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(EXPERIMENTS)}")
-    grid.add_argument("--n", type=positive, default=2000, help="samples to measure")
+    names = list(EXPERIMENTS)
+    grid.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"some of: {', '.join(names)}")
+    grid.add_argument("--n", type=utils.positive, default=2000, help="samples to measure")
     grid.add_argument(
         "--publish", action="store_true", help="also write checkpoints/grid_* and report/results/grid.json"
     )
@@ -213,4 +179,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command_line(main)
+    utils.command_line(main)

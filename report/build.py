@@ -36,7 +36,7 @@ def execute_notebook(path, out, timeout=600):
     """Run all cells of a notebook in its own folder and write it, with the outputs, to `out`. Raises UserError."""
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
     notebook = nbformat.read(path, as_version=4)
     cells = sum(cell.cell_type == "code" for cell in notebook.cells)
@@ -54,16 +54,11 @@ def execute_notebook(path, out, timeout=600):
         )
         try:
             client.execute()
-        except CellTimeoutError:
-            raise UserError(f"a cell of {path.name} took more than {timeout} s") from None
-        except DeadKernelError as error:
-            raise UserError(
-                f"the kernel of {path.name} died, most likely because memory was full: close other programs"
-            ) from error
         except CellExecutionError as error:
             raise UserError(f"{path.name} failed: {error.ename}: {error.evalue} (open it to see the cell)") from error
-        except RuntimeError as error:  # the kernel died, or another took its port, before it answered
-            raise UserError(f"Jupyter could not start a kernel for {path.name} ({error}): try again") from error
+        except (CellTimeoutError, RuntimeError) as error:  # the kernel died, or never answered
+            advice = f"a cell may take {timeout} s, and memory may have been full: close other programs, try again"
+            raise UserError(f"{path.name} failed: {str(error).splitlines()[0]} ({advice})") from error
     # the kernel's own version is no news
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     with atomic_path(out) as temporary:
@@ -93,38 +88,25 @@ def run_notebooks(args):
 # --- what the report may use ---------------------------------------------------------------------------------------
 
 
-def stale_sources(value, data=None):
-    """Pairs (file, why) of the shipped files that a result names with a SHA-256 that is not theirs."""
+def claims(value, data=None):
+    """Pairs (file of checkpoints/, SHA-256) of all that a result says it was made from."""
     if isinstance(value, list):
-        return [pair for item in value for pair in stale_sources(item, data)]
+        for item in value:
+            yield from claims(item, data)
     if not isinstance(value, dict):
-        return []
-    data = value.get("data", data)
-    claims = []
+        return
+    data, features = value.get("data", data), value.get("features")
     if {"name", "sha256", "config"} <= value.keys():  # a row of grid.json
-        claims.append((f"grid_{value['name']}.safetensors", value["sha256"]))
-    if "checkpoint" in value:
-        claims.append((Path(str(value["checkpoint"])).name, value.get("sha256")))
-    if isinstance(features := value.get("features"), dict):
-        claims.append((f"features_{features.get('name')}.safetensors", features.get("sha256")))
-    # the reference of another classifier's features is computed, not shipped
-    if (
-        isinstance(reference := value.get("reference"), dict)
-        and isinstance(features, dict)
-        and features.get("name") == data
-    ):
-        claims.append((f"reference_{data}.safetensors", reference.get("sha256")))
-    stale = []
-    for name, recorded in claims:
-        path = CHECKPOINTS / name
-        if name == "model.safetensors":
-            continue  # of a run that was not published
-        if recorded is not None and not path.is_file():
-            stale.append((name, "is missing"))
-        elif recorded is not None and sha256(path) != recorded:
-            stale.append((name, "has other contents now"))
-    # not "config": it may name the checkpoint that a training started from, which need not ship
-    return stale + [pair for key, item in value.items() if key != "config" for pair in stale_sources(item, data)]
+        yield f"grid_{value['name']}.safetensors", value["sha256"]
+    if value.get("checkpoint") not in (None, "model.safetensors"):  # a run's own need not ship
+        yield Path(value["checkpoint"]).name, value.get("sha256")
+    if isinstance(features, dict):
+        yield f"features_{features.get('name')}.safetensors", features.get("sha256")
+        if features.get("name") == data and isinstance(value.get("reference"), dict):  # others are computed
+            yield f"reference_{data}.safetensors", value["reference"].get("sha256")
+    for key, item in value.items():
+        if key != "config":  # which may name the checkpoint that a training started from
+            yield from claims(item, data)
 
 
 def available():
@@ -139,8 +121,12 @@ def available():
                 )
         figures[path.stem] = about["file"]
     for path in sorted(RESULTS.glob("*.json")):
-        for name, why in stale_sources(json.loads(path.read_text())):
-            raise UserError(f'{path.relative_to(ROOT)} was made from a {name} that {why}: run its "command" again')
+        for name, recorded in claims(json.loads(path.read_text())):
+            there = CHECKPOINTS / name
+            if recorded and not (there.is_file() and sha256(there) == recorded):
+                raise UserError(
+                    f'{path.relative_to(ROOT)} was made from another {name} than is there: run its "command" again'
+                )
         results.append(path.stem)
     return {"figures": figures, "results": results}
 

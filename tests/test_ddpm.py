@@ -73,15 +73,6 @@ def test_schedules_by_their_definition():
     assert beta_schedule("cosine", 10)[-1] == 0.999
 
 
-def test_what_T_200_leaves_of_the_image():
-    """The numbers that the project's documentation gives for why T = 200 starts from the wrong noise."""
-    at_the_end = {name: Diffusion(200, name).alphas_cumprod_float64[-1] for name in SCHEDULES}
-    np.testing.assert_allclose(
-        [at_the_end[n] for n in ("linear", "quadratic", "sigmoid")], [0.13, 0.24, 0.13], atol=5e-3
-    )
-    np.testing.assert_allclose(at_the_end["cosine"], 6e-8, rtol=0.1)
-
-
 @pytest.mark.parametrize("name, timesteps", [("linaer", 10), ("", 10), ("linear", 0), ("cosine", -1)])
 def test_bad_schedule(name, timesteps):
     with pytest.raises(ValueError, match="unknown schedule|between 1 and"):
@@ -134,19 +125,6 @@ def test_q_sample_is_t_plus_1_single_steps(schedule, timesteps, data):
     d, one, index = Diffusion(timesteps, schedule), torch.ones(1, 1, 1, 1), torch.tensor([t])
     np.testing.assert_allclose(d.q_sample(one, index, 0 * one).item(), mean, rtol=1e-5)
     np.testing.assert_allclose(d.q_sample(0 * one, index, one).item(), variance**0.5, rtol=1e-5)
-
-
-def test_q_sample_is_t_plus_1_single_steps_by_drawing():
-    n, t = 20_000, 30
-    d, draw = Diffusion(50, "cosine"), noise_sequence((n, 1, 1, 1), dtype=torch.float32)
-    x0 = torch.full((n, 1, 1, 1), 0.8)
-    x = x0
-    for beta in d.betas[: t + 1]:
-        x = (1 - beta).sqrt() * x + beta.sqrt() * draw()
-    at_once = d.q_sample(x0, torch.full((n,), t), draw())
-    assert stats.ks_2samp(x.flatten(), at_once.flatten()).pvalue > 0.01
-    other = d.q_sample(x0, torch.full((n,), t + 2), draw())
-    assert stats.ks_2samp(x.flatten(), other.flatten()).pvalue < 1e-4  # the test sees a difference of two steps
 
 
 @given(
@@ -641,19 +619,7 @@ def test_cfg_algebra(scale, n):
         w = scale - 1
         torch.testing.assert_close(eps, (1 + w) * cond - w * uncond, rtol=1e-4, atol=1e-4)  # the paper's eq. 6
     assert model.calls == ([n] if scale in (0, 1) else [2 * n])  # one pass, whatever the scale
-
-
-def test_cfg_without_labels_is_unconditional():
-    model, x = TwoPredictions(), torch.ones(2, 1, 1, 1)
-    assert torch.equal(guided(model, None, 3.0)(x, torch.zeros(2).long()), x) and model.calls == [2]
-
-
-@pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
-def test_guided_sampling_is_one_pass_a_step(sampler):
-    model, d = TwoPredictions(), Diffusion(50, "cosine")
-    labels = torch.tensor([0, 1, 2])
-    images = d.sample(guided(model, labels, 2.0), 3, (1, 2, 2), sampler=sampler, steps=10)
-    assert model.calls == [6] * 10 and images.isfinite().all()
+    assert torch.equal(guided(model, None, scale)(x, torch.zeros(n).long()), uncond)
 
 
 def test_guidance_in_an_interval_of_timesteps():

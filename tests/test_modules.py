@@ -85,13 +85,6 @@ def test_course_network_at_other_widths_and_sizes(channels, size):
     assert model(x, t, torch.tensor([0, -1, 3])).shape == x.shape
 
 
-def test_course_network_trains_every_weight():
-    model = randomise(UNet_conditional(channels=1, num_classes=3, width=4))
-    x, t = inputs(size=16)
-    model(x, t, torch.tensor([0, 1, 2])).square().mean().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
-
-
 @pytest.mark.parametrize("width", [1, 2, 6, 30])
 def test_course_network_refuses_a_width_that_its_heads_do_not_divide(width):
     with pytest.raises(ValueError, match="multiple of 4"):
@@ -139,20 +132,20 @@ def test_patch_unet_of_any_shape(width, mults, depth, block, attention, classes,
         assert model(x, t, None if classes is None else torch.tensor([0, -1])).shape == x.shape
 
 
-@pytest.mark.parametrize("block", modules.BLOCKS)
-def test_patch_unet_trains_every_weight(block):
-    model = randomise(PatchUNet(width=8, mults=(1, 2, 2), depth=2, num_classes=3, block=block))
-    x, t = inputs(size=16)
-    model(x, t, torch.tensor([0, 1, 2])).square().mean().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
-
-
 def networks():
     return [
         PatchUNet(1, width=8, num_classes=5),
         PatchUNet(1, width=8, num_classes=5, block="convnext"),
         UNet_conditional(1, num_classes=5, width=8),
     ]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_every_weight_is_trained(which):
+    model = randomise(networks()[which])
+    x, t = inputs(size=16)
+    model(x, t, torch.tensor([0, 1, 2])).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -195,30 +188,6 @@ def test_images_do_not_see_each_other(which):
     assert (whole[0] - whole[1]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("which", range(3))
-def test_timestep_matters(which):
-    model = randomise(networks()[which])
-    x, _ = inputs(size=16, n=1)
-    with torch.no_grad():
-        early, late = (model(x, torch.tensor([t])) for t in (0, 900))
-    assert (early - late).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("which", range(3))
-def test_guided_in_one_pass_is_two_passes(which):
-    model = randomise(networks()[which])
-    x, _ = inputs(size=16)
-    labels = torch.tensor([0, 4, 2])
-    with torch.no_grad():
-        t = torch.full((3,), 7)
-        cond, uncond = model(x, t, labels), model(x, t, None)
-        for scale in (0.5, 2.0, 7.5):
-            expected = uncond + scale * (cond - uncond)
-            torch.testing.assert_close(guided(model, labels, scale)(x, t), expected, rtol=1e-5, atol=1e-5)
-        for scale in (0, 1):
-            torch.testing.assert_close(guided(model, labels, scale)(x, t), cond, rtol=0, atol=0)
-
-
 # --- layers ---
 
 
@@ -250,12 +219,6 @@ def test_linear_attention_is_its_formula():
     q, k = q.softmax(2) * 32**-0.5, k.softmax(3)
     out = torch.einsum("nhdi,nhdj,nhej->nhei", q, k, v).reshape(3, 64, 3, 3)
     torch.testing.assert_close(layer(x), x + layer.out(out), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dim", [1, 31, 35, 71, 98, 100, 127])
-def test_attention_has_heads_that_divide_it(dim):
-    x, _ = inputs(dim, 2)
-    assert modules.Attention(dim)(x).shape == modules.LinearAttention(dim)(x).shape == x.shape
 
 
 def test_resnet_block_is_its_formula():

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from report import build
@@ -64,19 +65,17 @@ def test_finds_the_project(path, folder, monkeypatch):
     assert names["ROOT"] == ROOT
 
 
-def test_failing_cell_is_one_line(tmp_path, refused):
-    notebook = {
-        "nbformat": 4,
-        "nbformat_minor": 5,
-        "metadata": {},
-        "cells": [
-            {"cell_type": "code", "id": "a", "source": "1 / 0", "metadata": {}, "outputs": [], "execution_count": None}
-        ],
-    }
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        ("1 / 0", "broken.ipynb failed: ZeroDivisionError"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "broken.ipynb failed: Kernel died"),
+    ],
+)
+def test_a_notebook_that_fails(code, words, tmp_path, refused):
     path = tmp_path / "broken.ipynb"
-    path.write_text(json.dumps(notebook))
-    error = refused(lambda argv: build.execute_notebook(path, tmp_path / "out.ipynb"))
-    assert "broken.ipynb" in error and "ZeroDivisionError" in error
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), path)
+    assert words in refused(lambda argv: build.execute_notebook(path, tmp_path / "out.ipynb"))
     assert not (tmp_path / "out.ipynb").exists()
 
 

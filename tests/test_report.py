@@ -141,22 +141,6 @@ def test_a_computed_reference_need_not_ship(folders):
     assert build.available()["results"] == ["numbers"]
 
 
-def test_a_notebook_whose_kernel_dies(tmp_path):
-    path = tmp_path / "x.ipynb"
-    cell = {
-        "cell_type": "code",
-        "id": "a",
-        "execution_count": None,
-        "metadata": {},
-        "outputs": [],
-        "source": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-    }
-    path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]}))
-    with pytest.raises(UserError, match="kernel of x.ipynb died"):
-        build.execute_notebook(path, tmp_path / "out.ipynb")
-    assert not (tmp_path / "out.ipynb").exists()
-
-
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "-rf"])
 def test_bad_last_name(name, refused):
     assert "LASTNAME" in refused(build.main, "pdf", f"--lastname={name}")
