@@ -19,7 +19,6 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from pathlib import Path
 import requests
 
 import utils
-from image_data import DATASETS, DataSet, is_image, load_data, split_folders, visible
+from image_data import DATASETS, DataSet, is_image, load_data
 from utils import ArgumentParser, UserError, command_line, progress, say
 from weights import load_checkpoint
 
@@ -69,14 +68,14 @@ def get_data(name: str, source: Path | None) -> None:
     target, *others = [(utils.ROOT / folder).resolve() for folder in row.folders]  # perhaps links to a larger disk
     for place in [target, *(others if source is None else [])]:
         if place.is_dir() and any(place.iterdir()):
-            print(f"{place} is all there: {count_images(place, not row.flat)}")
+            print(f"{place} is all there: {count_images(place, row)}")
             return
     sources = {key: partial(fetch_from, row) for key, fetch_from in SOURCES.items() if getattr(row, key)}
     page = f"www.kaggle.com/datasets/{row.kaggle}" if row.kaggle else f"huggingface.co/datasets/{row.hub}"
     with obtained(name, target, source, sources, f"https://{page}") as folder:
         images = folder / target.name
         arrange(folder / "source", images, name)
-        counts = count_images(images, not row.flat)
+        counts = count_images(images, row)
         if target.is_dir():
             target.rmdir()  # it is empty, and Windows renames nothing onto a folder
         os.replace(images, target)
@@ -97,35 +96,24 @@ def arrange(source: Path, images: Path, name: str) -> None:
         images.mkdir()
         batches[0].parent.rename(images / "cifar-10-batches-py")
     else:
-        found = Path(os.path.commonpath(splits_of(source)))  # archives wrap it in other folders
+        shown = [file for file in source.rglob("*") if is_image(file) and not is_hidden(file.relative_to(source))]
+        found = Path(os.path.commonpath([file.parent for file in shown] or [source]))  # archives wrap it in folders
         if row.flat and not any(entry.is_dir() for entry in found.iterdir()):
             images.mkdir()
             images /= name  # one class, called after the data set
         found.rename(images)
 
 
-def splits_of(root: Path) -> list[Path]:
-    """The folders of training and of test images; the one folder, if they are not apart."""
-    return [part for part in split_folders(root)[:2] if part]
+def is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
-def count_images(root: Path, labels: bool) -> str:
-    """How many images each split and class has, in words. Raises UserError where one has none."""
-    if any(any(root.glob(pattern)) for pattern in (*MNIST_FILES, "cifar-10-batches-py")):
-        return ", ".join(f"{split} {len(load_data(root, split)):,} images" for split in ("train", "test"))
-    words, classes = [], set()
-    for part in splits_of(root):
-        paths = [path.relative_to(part).parts for path in sorted(part.rglob("*")) if is_image(path)]
-        paths = [parts for parts in paths if len(visible(parts)) == len(parts)]
-        counts = Counter(parts[0] for parts in paths if len(parts) > 1)
-        if not paths or (labels and not counts):
-            raise UserError(f"{part} has no class folders with images" if labels else f"{part} has no image")
-        each = ", ".join(f"{label} {count:,}" for label, count in counts.items())
-        words.append(f"{part.name} {len(paths):,} images" + (f" ({each})" if each else ""))
-        classes.add(tuple(counts))
-    if len(classes) > 1:
-        raise UserError(f"{root}: train and test have different classes")
-    return "; ".join(words)
+def count_images(root: Path, row: DataSet) -> str:
+    """How many images each split has, and their classes, in words. Raises UserError for what cannot be read."""
+    splits = ["train"] if row.flat else ["train", "test"]
+    found = {split: load_data(root, split, 8, row.channels, labels=not row.flat) for split in splits}  # small: quick
+    words = "; ".join(f"{split} {len(data):,} images" for split, data in found.items())
+    return f"{words}; classes: {', '.join(found['train'].classes)}"
 
 
 # --- the course's checkpoints -------------------------------------------------------------------------------------
