@@ -355,8 +355,8 @@ def choose_guidance(args, model, config):
 def begin_at(path, strength, diffusion, n, shape, seed):
     """The process up to t = strength T - 1 only, and an image noised to there, n times (SDEdit, arXiv 2108.01073)."""
     image = decode_image(path, shape[-1])
-    if image is None:
-        raise UserError(f"--start-from {path} is no readable image")
+    if isinstance(image, str):
+        raise UserError(f"--start-from {path} is no readable image: {image}")
     x0 = to_model(torch.from_numpy(image.copy()).permute(2, 0, 1))
     x0 = (x0 if shape[0] == 3 else x0.mean(0, keepdim=True)).expand(n, *shape)
     noise = torch.stack([torch.randn(shape, generator=generator(seed, i, 1)) for i in range(n)])

@@ -289,9 +289,12 @@ def unpack(source: Path, folder: Path) -> None:
                     raise UserError(f"{source} is refused: its member {special[0]} is a link or a device")
                 archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not before Python 3.10.12
                 archive.extractall(folder)
-        elif source.read_bytes().lstrip().startswith(b"<"):
-            raise UserError(f"{source} is a web page: the download was refused, so open the address in a browser")
         else:
+            with open(source, "rb") as file:
+                if file.read(100).lstrip().startswith(b"<"):
+                    raise UserError(
+                        f"{source} is a web page: the download was refused, so open its address in a browser"
+                    )
             raise UserError(f"{source} is neither a folder nor a zip or tar archive, or it ends early")
     except Exception as error:  # damaged bytes make zipfile, tarfile and the decompressors raise all kinds of errors
         of_the_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
