@@ -26,7 +26,7 @@ from pathlib import Path
 import requests
 
 import utils
-from image_data import DATASETS, DataSet, load_data, split_folders
+from image_data import DATASETS, DataSet, is_image, load_data
 from utils import ArgumentParser, UserError, command_line, progress, say
 from weights import load_checkpoint
 
@@ -68,14 +68,14 @@ def get_data(name: str, source: Path | None) -> None:
     target, *others = [(utils.ROOT / folder).resolve() for folder in row.folders]  # perhaps links to a larger disk
     for place in [target, *(others if source is None else [])]:
         if place.is_dir() and any(place.iterdir()):
-            print(f"{place} is all there: {count_images(place, not row.flat)}")
+            print(f"{place} is all there: {count_images(place, row)}")
             return
     sources = {key: partial(fetch_from, row) for key, fetch_from in SOURCES.items() if getattr(row, key)}
     page = f"www.kaggle.com/datasets/{row.kaggle}" if row.kaggle else f"huggingface.co/datasets/{row.hub}"
     with obtained(name, target, source, sources, f"https://{page}") as folder:
         images = folder / target.name
         arrange(folder / "source", images, name)
-        counts = count_images(images, not row.flat)
+        counts = count_images(images, row)
         if target.is_dir():
             target.rmdir()  # it is empty, and Windows renames nothing onto a folder
         os.replace(images, target)
@@ -96,28 +96,24 @@ def arrange(source: Path, images: Path, name: str) -> None:
         images.mkdir()
         batches[0].parent.rename(images / "cifar-10-batches-py")
     else:
-        found = Path(os.path.commonpath(split_folders(source)[0]))  # archives wrap it in other folders
+        shown = [file for file in source.rglob("*") if is_image(file) and not is_hidden(file.relative_to(source))]
+        found = Path(os.path.commonpath([file.parent for file in shown] or [source]))  # archives wrap it in folders
         if row.flat and not any(entry.is_dir() for entry in found.iterdir()):
             images.mkdir()
             images /= name  # one class, called after the data set
         found.rename(images)
 
 
-def count_images(root: Path, labels: bool) -> str:
-    """How many images each split and class has, in words. Raises UserError where one has none."""
-    if any(any(root.glob(pattern)) for pattern in (*MNIST_FILES, "cifar-10-batches-py")):
-        return ", ".join(f"{split} {len(load_data(root, split)):,} images" for split in ("train", "test"))
-    words, classes = [], set()
-    for part, groups in split_folders(root)[0].items():
-        total, counts = sum(map(len, groups.values())), {name: len(files) for name, files in groups.items() if name}
-        if not total or (labels and not counts):
-            raise UserError(f"{part} has no class folders with images" if labels else f"{part} has no image")
-        each = ", ".join(f"{label} {count:,}" for label, count in counts.items())
-        words.append(f"{part.name} {total:,} images" + (f" ({each})" if each else ""))
-        classes.add(tuple(counts))
-    if len(classes) > 1:
-        raise UserError(f"{root}: train and test have different classes")
-    return "; ".join(words)
+def is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+def count_images(root: Path, row: DataSet) -> str:
+    """How many images each split has, and their classes, in words. Raises UserError for what cannot be read."""
+    splits = ["train"] if row.flat else ["train", "test"]
+    found = {split: load_data(root, split, 8, row.channels, labels=not row.flat) for split in splits}  # small: quick
+    words = "; ".join(f"{split} {len(data):,} images" for split, data in found.items())
+    return f"{words}; classes: {', '.join(found['train'].classes)}"
 
 
 # --- the course's checkpoints -------------------------------------------------------------------------------------
@@ -293,9 +289,12 @@ def unpack(source: Path, folder: Path) -> None:
                     raise UserError(f"{source} is refused: its member {special[0]} is a link or a device")
                 archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not before Python 3.10.12
                 archive.extractall(folder)
-        elif source.read_bytes()[:100].lstrip().startswith(b"<"):
-            raise UserError(f"{source} is a web page: the download was refused, so open the address in a browser")
         else:
+            with open(source, "rb") as file:
+                if file.read(100).lstrip().startswith(b"<"):
+                    raise UserError(
+                        f"{source} is a web page: the download was refused, so open its address in a browser"
+                    )
             raise UserError(f"{source} is neither a folder nor a zip or tar archive, or it ends early")
     except Exception as error:  # damaged bytes make zipfile, tarfile and the decompressors raise all kinds of errors
         of_the_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)

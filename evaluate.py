@@ -245,8 +245,7 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, netw
         fid = FrechetInceptionDistance(network, antialias=False)
         kernel = KernelInceptionDistance(network, subset_size=min(1000, len(images), len(test)))
     except Exception as error:  # a package that is missing, or whatever a failed download provokes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the Inception weights cannot be had ({reason}): leave --features out") from error
+        raise UserError(f"the Inception weights cannot be had ({error!r}): leave --features out") from error
     metrics = FeatureShare([fid, kernel])  # one pass through the network serves both
     for real, source in ((True, test.images), (False, images)):
         for part in progress(source.split(50), desc="Inception"):
@@ -365,9 +364,8 @@ def variational_bound(model, diffusion, images: torch.Tensor, labels=None, clip=
 
     images: float N x C x H x W with the 256 levels of [-1, 1]. With our 0-based t the terms are: L_0 at t = 0, the
     discretised decoder -log p(image | x_t); at 1 <= t < T the KL divergences L_t from the posterior; the prior's L_T.
-    The model's variance sigma_t^2 is beta_t. clip: clip the predicted x0 to [-1, 1].
-    Each image is seen at one t in each of a row of ranges that grow with t, since the smallest t matter most; the sum
-    is unbiased, and its standard error is that of independent images.
+    The model's variance is beta_t. clip: clip the predicted x0 to [-1, 1]. Each image is seen at one t in each of a row
+    of ranges that grow with t, since the smallest t matter most; the sum is unbiased.
     """
     process = copy.copy(diffusion).to("cpu", torch.float64)
 
@@ -395,13 +393,10 @@ def variational_bound(model, diffusion, images: torch.Tensor, labels=None, clip=
         totals += (last - first) * terms
     if not totals.isfinite().all():
         raise UserError("the bound is not finite: the model's predictions are too far off")
-    result = {
-        "bits_per_dim": totals.mean().item(),
-        "standard_error": standard_error(totals),
-        "L_T": prior.mean().item(),
-    }
+    result = {"bits_per_dim": totals.mean().item(), "standard_error": standard_error(totals)}
+    result |= {"L_T": prior.mean().item(), "L_0": per_range[0]["bits_per_dim_per_step"]}
     result["sum_of_L_t"] = sum(r["bits_per_dim_per_step"] * (r["t_to"] - r["t_from"] + 1) for r in per_range[1:])
-    result |= {"L_0": per_range[0]["bits_per_dim_per_step"], "per_t": per_range, "variance": "beta", "clip": clip}
+    result |= {"per_t": per_range, "variance": "beta", "clip": clip}
     return result | measured_on(images, labels, diffusion, seed)
 
 

@@ -282,8 +282,8 @@ def save_gif(frames: list[np.ndarray], path: str | Path, fps: float = 20, hold: 
 def reduce_colours(frame: np.ndarray) -> np.ndarray:
     """The picture (uint8, H x W x 3) in the 256 colours that fit it best: itself where it has no more.
 
-    Pillow's default, the median cut, mixes rare saturated colours into common dull ones. Here the palette starts from
-    colours that cover the whole range and is then improved by k-means, which on all pixels of noise would be slow.
+    Pillow's default, the median cut, mixes rare saturated colours into common dull ones. Here the palette covers the
+    whole range and is improved by k-means, on a part of the pixels, since on all of them noise would take long.
     """
     picture, pixels = Image.fromarray(frame), frame.reshape(1, -1, 3)
     if picture.getcolors(256):
@@ -364,11 +364,9 @@ def _read_pictures(folder: Path) -> tuple[torch.Tensor, list[str] | None]:
 
 def samples_source(path: str | Path) -> dict:
     """What `save_samples` was told of the images' origin: {} for another program's file. Raises UserError."""
-    try:
-        source = json.loads(str(_read_arrays(path, "source")["source"]))
-    except (KeyError, ValueError):
-        return {}
-    return source if isinstance(source, dict) else {}
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        return dict(json.loads(str(_read_arrays(path, "source")["source"])))
+    return {}
 
 
 def _read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:

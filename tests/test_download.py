@@ -74,23 +74,6 @@ def server(tmp_path):
 
 
 @pytest.fixture
-def untrusted(server, tmp_path):
-    """The same server behind a certificate that it signed itself."""
-    if not shutil.which("openssl"):
-        pytest.skip("needs openssl to make a certificate")
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-    )
-    subprocess.run([*command.split(), "-out", certificate, "-keyout", key], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    server.web.socket = context.wrap_socket(server.web.socket, server_side=True)
-    server.url, server.certificate = server.url.replace("http", "https"), certificate
-    return server
-
-
-@pytest.fixture
 def source(tmp_path):
     """A folder laid out as CIFAR-10's archives, wrapped in a folder, with macOS's litter."""
     for split, count in (("train", 3), ("test", 2)):
@@ -140,7 +123,7 @@ def test_an_archive_ends_in_place_checked_and_counted(root, source, tmp_path, ki
     (root / "cifar10").symlink_to(tmp_path / "large disk")
     main(["cifar10", "--from", str(source)])
     out = capsys.readouterr().out
-    assert "train 6 images (cat 3, dog 3); test 4 images (cat 2, dog 2)" in out and str(tmp_path / "large disk") in out
+    assert "train 6 images; test 4 images; classes: cat, dog" in out and str(tmp_path / "large disk") in out
     assert image_data.visible(os.listdir(tmp_path / "large disk")) == ["test", "train"] and os.listdir(root) == [
         "cifar10"
     ]
@@ -152,12 +135,12 @@ def test_an_archive_ends_in_place_checked_and_counted(root, source, tmp_path, ki
         assert "all there: train 6 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrapping, name", [("", "landscapes"), ("a/b/", "b")])
-def test_flat_landscapes_become_one_class(root, tmp_path, wrapping, name, capsys):
+@pytest.mark.parametrize("wrapping", ["", "a/b/"])
+def test_flat_landscapes_become_one_class(root, tmp_path, wrapping, capsys):
     class_folder(tmp_path, {"flat": 4}, size=(90, 80))
     main(["landscapes", "--from", str(pack(tmp_path / "flat", "zip", name=lambda name: wrapping + name))])
-    assert f"4 images ({name} 4)" in capsys.readouterr().out
-    assert torchvision.datasets.ImageFolder(str(root / "landscape_img_folder")).classes == [name]
+    assert "train 4 images; classes: landscapes" in capsys.readouterr().out
+    assert torchvision.datasets.ImageFolder(str(root / "landscape_img_folder")).classes == ["landscapes"]
     assert load_data("landscapes").images.shape == (4, 3, 80, 80)
 
 
@@ -178,7 +161,7 @@ def test_fashion_mnist(root, tmp_path, idx_folder, monkeypatch, refused, capsys)
     for source in (copy, pack(copy, "zip", name="some/where/{}".format)):
         main(["fashion_mnist", "--from", str(source)])
         main(["fashion_mnist"])
-        assert "all there: train 64 images, test 16 images" in capsys.readouterr().out
+        assert "all there: train 64 images; test 16 images" in capsys.readouterr().out
         assert len(load_data("fashion_mnist")) == 64 and os.listdir(root / "data") == ["fashion_mnist"]
         shutil.rmtree(root / "data")
     path = copy / "t10k-images-idx3-ubyte"
@@ -226,8 +209,8 @@ def test_bad_archives_are_refused(root, source, tmp_path, refused, kind, more, c
 @pytest.mark.parametrize(
     "name, folder, words",
     [
-        ("cifar10", "flat", "no class folders"),
-        ("cifar10", "wolf", "different classes"),
+        ("cifar10", "flat", "use class folders"),
+        ("cifar10", "wolf", "has the classes cat, wolf"),
         ("landscapes", "empty", "no image"),
         ("landscapes", "not there", "no such file"),
         ("fashion_mnist", "flat", "neither the IDX files"),
@@ -242,23 +225,13 @@ def test_wrong_layouts_are_refused(root, tmp_path, source, refused, name, folder
 
 
 @pytest.mark.parametrize("place", ["shutil.copyfileobj", "os.replace"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, None])
-def test_what_ends_early_leaves_nothing_that_looks_complete(root, source, monkeypatch, place, error, refused):
-    """Interrupted, on a full disk, or killed (None): then nobody tidies up."""
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_ends_early_leaves_nothing(root, source, monkeypatch, place, error):
     archive = pack(source, "zip")
-
-    def end(*_):
-        raise OSError(errno.ENOSPC, "No space left on device") if error is OSError else (error or SystemExit)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(place, end)
-        if error is None:
-            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
-        if error is OSError:
-            assert "No space left on device" in refused(main, "cifar10", "--from", archive)
-        else:
-            pytest.raises(error or SystemExit, main, ["cifar10", "--from", str(archive)])
-    assert nothing_left(root) if error else not (root / "cifar10").exists()
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(place, lambda *_: (_ for _ in ()).throw(error))
+        main(["cifar10", "--from", str(archive)])
+    assert nothing_left(root)
     main(["cifar10", "--from", str(archive)])
     assert len(load_data("cifar10")) == 6
 
@@ -332,14 +305,22 @@ def test_without_a_network_every_source_is_named(root, server, refused):
             download_datasets.require_network(url)
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
 @pytest.mark.parametrize("source", ["torchvision", "hub"])
-def test_a_certificate_that_is_not_trusted(root, untrusted, monkeypatch, refused, source):
-    """Reported as what it is, whichever client the library uses: urllib, httpx or (see Kaggle) requests."""
+def test_a_certificate_that_is_not_trusted(root, server, tmp_path, monkeypatch, refused, source):
+    """The server signed its own. Reported as what it is, whichever client the library uses: urllib or httpx."""
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    files = [tmp_path / "certificate.pem", tmp_path / "key.pem"]
+    subprocess.run([*command.split(), "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*files)
+    server.web.socket = context.wrap_socket(server.web.socket, server_side=True)
+    url = server.url.replace("http", "https")
     sources = {name: "CIFAR10" if name == source else "" for name in ("torchvision", "hub", "kaggle")}
     row = dataclasses.replace(image_data.DATASETS["cifar10"], **sources)
     monkeypatch.setitem(image_data.DATASETS, "cifar10", row)
-    monkeypatch.setenv("HF_ENDPOINT", untrusted.url)
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", untrusted.url)
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
     line = refused(main, "cifar10")
     assert f"{source}: the server's certificate is not trusted (self" in line
     assert "SSL_CERT_FILE" in line and nothing_left(root)
@@ -406,18 +387,8 @@ def test_kaggle(root, tmp_path, kaggle_site, monkeypatch, capsys, refused, file,
     slug = "cifar10-64x64-resized-via-cai-super-resolution"
     assert (body["ownerSlug"], body["datasetSlug"]) == ("joaopauloschuler", slug)
     captured = capsys.readouterr()
-    assert "test 4 images (cat 2, dog 2)" in captured.out and os.listdir(root) == ["cifar10-64"]
+    assert "test 4 images; classes: cat, dog" in captured.out and os.listdir(root) == ["cifar10-64"]
     assert SECRET not in "".join(captured)
-
-
-def test_kaggle_behind_a_certificate_of_ones_own(root, untrusted, kaggle_site, monkeypatch, refused):
-    """Whether it is trusted is for the client that the package uses to decide."""
-    monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
-    line = refused(main, "cifar10-64")
-    assert "certificate is not trusted (self" in line and SECRET not in line and nothing_left(root)
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(untrusted.certificate))
-    main(["cifar10-64"])
-    assert os.listdir(root) == ["cifar10-64"]
 
 
 @pytest.mark.parametrize(
@@ -427,7 +398,6 @@ def test_kaggle_behind_a_certificate_of_ones_own(root, untrusted, kaggle_site, m
         (False, OSError("Could not find kaggle.json"), "no Kaggle token that works: (1)"),
         (False, requests.ConnectionError(SECRET), "ConnectionError"),
         (True, requests.HTTPError(SECRET, response=SimpleNamespace(status_code=403)), "HTTP status 403"),
-        (True, ConnectionError(f"reset while sending {SECRET}"), "ConnectionError"),
         (True, ValueError(SECRET), "ValueError"),
         (True, SystemExit(1), "SystemExit"),
     ],
@@ -478,20 +448,12 @@ def test_checkpoints_from_google_drive(root, online, monkeypatch, capsys, refuse
 def test_checkpoints_by_hand(root, tmp_path, capsys, refused):
     """Bad ones are refused, and not executed."""
     write_checkpoints(tmp_path / "hand")
-    path, stream = tmp_path / "bad/conditional_ckpt.pt", io.BytesIO()
+    path = tmp_path / "bad/conditional_ckpt.pt"
     path.parent.mkdir()
-    torch.save(Malicious(tmp_path / "pwned"), stream)
-    for content, words in (
-        (b"", "empty"),
-        (b"no checkpoint", "damaged"),
-        (b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded", "a web page"),
-        (pickle.dumps(Malicious(tmp_path / "pwned"), protocol=2), "more than weights"),
-        (stream.getvalue(), "not weights alone"),
-    ):
-        path.write_bytes(content)
-        for source in (path, path.parent):
-            line = refused(main, "checkpoints", "--from", source)
-            assert words in line and path.name in line and nothing_left(root)
+    torch.save(Malicious(tmp_path / "pwned"), path)
+    for source in (path, path.parent):
+        line = refused(main, "checkpoints", "--from", source)
+        assert "not weights alone" in line and path.name in line and nothing_left(root)
     assert not (tmp_path / "pwned").exists()
     main(["checkpoints", "--from", str(tmp_path / "hand/conditional_ckpt.pt")])
     assert os.listdir(root / "checkpoints") == ["conditional_ckpt.pt"]
@@ -499,11 +461,3 @@ def test_checkpoints_by_hand(root, tmp_path, capsys, refused):
     assert "found none of" in refused(main, "checkpoints", "--from", path.parent)
     main(["checkpoints", "--from", str(pack(tmp_path / "hand", "zip"))])
     assert sorted(os.listdir(root / "checkpoints")) == sorted(download_datasets.COURSE_CHECKPOINTS)
-
-
-def test_the_command_line(refused, capsys):
-    for argv in (["imagenet"], [], ["cifar10", "--nothing"]):
-        assert "see --help" in refused(main, *argv)
-    with pytest.raises(SystemExit) as exit:
-        main(["--help"])
-    assert exit.value.code == 0 and "--from" in capsys.readouterr().out

@@ -351,7 +351,8 @@ def world(template):
     with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         folder = Path(temporary, "world")
         shutil.copytree(template, folder)
-        image_data.ROOT, image_data.CACHE = folder / "project", Path(temporary, "cache")
+        image_data.ROOT = utils.ROOT = folder / "project"
+        image_data.CACHE = Path(temporary, "cache")
         row = dataclasses.replace(
             image_data.DATASETS["fashion_mnist"], folders=("data/fashion_mnist", str(folder / "no debian"))
         )
