@@ -298,11 +298,12 @@ def run_sample(args):
             options |= {"batch_size": args.batch_size, "x_T": x_T}
             bar = functools.partial(utils.progress, unit="step", desc="sampling")
             eps_models = predictor(model, labels, **guidance)
-            batches = map(utils.to_uint8, diffusion.sample_batches(eps_models, args.n, shape, progress=bar, **options))
+            batches = diffusion.sample_batches(eps_models, args.n, shape, progress=bar, **options)
+            images = torch.cat([utils.to_uint8(x) for x in batches])
             if suffix == ".png":
-                utils.save_grid(torch.cat(list(batches)), args.out, columns)
+                utils.save_grid(images, args.out, columns)
             else:
-                utils.stream_samples(args.out, batches, (args.n, *shape[1:], shape[0]), labels, source)
+                utils.save_samples(args.out, images, labels, source)
     print(f"wrote {args.out}")
 
 
@@ -323,8 +324,8 @@ def choose_guidance(args, model, config):
 def begin_at(path, strength, diffusion, n, shape, seed):
     """The process up to t = strength T - 1 only, and an image noised to there, n times (SDEdit, arXiv 2108.01073)."""
     image = decode_image(path, shape[-1])
-    if image is None:
-        raise UserError(f"--start-from {path} is no readable image")
+    if isinstance(image, str):
+        raise UserError(f"--start-from {path} is no readable image: {image}")
     x0 = utils.to_model(torch.from_numpy(image.copy()).permute(2, 0, 1))
     x0 = (x0 if shape[0] == 3 else x0.mean(0, keepdim=True)).expand(n, *shape)
     noise = torch.stack([torch.randn(shape, generator=utils.generator(seed, i, 1)) for i in range(n)])

@@ -15,24 +15,22 @@ import re
 import shutil
 import socket
 import ssl
-import stat
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import requests
-from PIL import Image
 
 import utils
-from image_data import DATASETS, DataSet, decode_images, list_images, load_data, say_left_out, split_folders, subfolders
+from image_data import DATASETS, DataSet, is_image, load_data
 from utils import ArgumentParser, UserError, command_line, progress, say
 from weights import load_checkpoint
 
+PROGRAM = "python download_datasets.py"
 MNIST_FILES = ("*-idx[13]-ubyte", "*-idx[13]-ubyte.gz", "train*.parquet", "test*.parquet")
 COURSE_FOLDER = "https://drive.google.com/drive/folders/1beUSI-edO98i6J9pDR67BKGCfkzUL5DX"
 COURSE_CHECKPOINTS = ("unconditional_ckpt.pt", "conditional_ckpt.pt", "conditional_ema_ckpt.pt")
@@ -40,6 +38,7 @@ NO_TOKEN = (
     "no Kaggle token that works: (1) sign in at https://www.kaggle.com/settings/api, (2) click Generate New Token, (3) "
     "save it as ~/.kaggle/access_token (Python 3.10: a legacy API key, as kaggle.json) and run `chmod 600` on that file"
 )
+Sources = Mapping[str, Callable[[Path], None]]
 TRUST = (
     "where a company or a proxy signs, let SSL_CERT_FILE and REQUESTS_CA_BUNDLE name its .pem file; with Python from "
     "python.org on macOS run its `Install Certificates.command`; if it has expired, look at this computer's clock"
@@ -69,18 +68,14 @@ def get_data(name: str, source: Path | None) -> None:
     target, *others = [(utils.ROOT / folder).resolve() for folder in row.folders]  # perhaps links to a larger disk
     for place in [target, *(others if source is None else [])]:
         if place.is_dir() and any(place.iterdir()):
-            print(f"{place} is all there: {count_images(place, not row.flat)}")
+            print(f"{place} is all there: {count_images(place, row)}")
             return
-    with staging(target) as folder:
-        if source is None:
-            sources = {key: partial(fetch_from, row) for key, fetch_from in SOURCES.items() if getattr(row, key)}
-            page = f"www.kaggle.com/datasets/{row.kaggle}" if row.kaggle else f"huggingface.co/datasets/{row.hub}"
-            fetch(sources, folder, name, f"https://{page}")
-        else:
-            unpack(source, folder / "source")
+    sources = {key: partial(fetch_from, row) for key, fetch_from in SOURCES.items() if getattr(row, key)}
+    page = f"www.kaggle.com/datasets/{row.kaggle}" if row.kaggle else f"huggingface.co/datasets/{row.hub}"
+    with obtained(name, target, source, sources, f"https://{page}") as folder:
         images = folder / target.name
         arrange(folder / "source", images, name)
-        counts = count_images(images, not row.flat)
+        counts = count_images(images, row)
         if target.is_dir():
             target.rmdir()  # it is empty, and Windows renames nothing onto a folder
         os.replace(images, target)
@@ -88,72 +83,37 @@ def get_data(name: str, source: Path | None) -> None:
 
 
 def arrange(source: Path, images: Path, name: str) -> None:
-    """Bring `source` into the layout that is read: MNIST's files, or class folders of images that all decode."""
+    """Bring `source` into a layout that is read: MNIST's files, CIFAR-10's batches, or folders of images."""
     row = DATASETS[name]
     if row.classes:
         images.mkdir()
-        files = [file for pattern in MNIST_FILES for file in source.rglob(pattern) if file.is_file()]
-        if not files:
+        for pattern in MNIST_FILES:
+            for file in source.rglob(pattern):
+                file.replace(images / file.name)
+        if not any(images.iterdir()):
             raise UserError(f"found neither the IDX files of {row.title} nor train*.parquet and test*.parquet")
-        for file in files:
-            file.replace(images / file.name)
-        return
-    if batches := list(source.rglob("data_batch_1")):  # CIFAR-10 as its authors and torchvision have it
-        renamed = batches[0].parent.rename(source.with_name("cifar-10-batches-py"))
-        for split in ("train", "test"):
-            data = load_data(renamed, split)  # compares MD5s
-            pictures = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in data.images)
-            write_images(pictures, data.labels.tolist(), data.classes, images / split)  # type: ignore[union-attr]
-        return
-    folders = [file.parent for file in visible_files(source) if file.suffix.lower() in Image.registered_extensions()]
-    found = Path(os.path.commonpath(folders or [source]))  # archives wrap it in other folders
-    flat = [part for part in splits_of(found) if not subfolders(part)]
-    if flat and not row.flat:
-        raise UserError(f"{flat[0]} has no class folders")
-    if flat == [found]:  # one class, called after the data set
+    elif batches := list(source.rglob("data_batch_1")):  # CIFAR-10 as its authors and torchvision have it
         images.mkdir()
-    found.rename(images / name if flat == [found] else images)
-    for part in splits_of(images):
-        files = visible_files(part)
-        with decode_images(files, 8, f"checking {part.name}") as decoded:
-            unreadable = [file for file, image in zip(files, decoded) if image is None]
-        say_left_out(part, unreadable, len(files))
-        for file in unreadable:
-            file.unlink()
+        batches[0].parent.rename(images / "cifar-10-batches-py")
+    else:
+        shown = [file for file in source.rglob("*") if is_image(file) and not is_hidden(file.relative_to(source))]
+        found = Path(os.path.commonpath([file.parent for file in shown] or [source]))  # archives wrap it in folders
+        if row.flat and not any(entry.is_dir() for entry in found.iterdir()):
+            images.mkdir()
+            images /= name  # one class, called after the data set
+        found.rename(images)
 
 
-def splits_of(root: Path) -> list[Path]:
-    """The folders of training and of test images; the one folder, if they are not apart."""
-    return [part for part in split_folders(root)[:2] if part]
-
-
-def visible_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if not is_hidden(path.relative_to(folder)) and path.is_file())
-
-
-def is_hidden(path: PurePath) -> bool:
+def is_hidden(path: Path) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
-def count_images(root: Path, labels: bool) -> str:
-    """How many images each split and class has, in words. Raises UserError where one has none or is damaged."""
-    if any(any(root.glob(pattern)) for pattern in (*MNIST_FILES, "cifar-10-batches-py")):
-        return ", ".join(f"{split} {len(load_data(root, split)):,} images" for split in ("train", "test"))
-    listings = {part.name: list_images(part, labels) for part in splits_of(root)}
-    if len({tuple(listing.classes) for listing in listings.values()}) > 1:
-        raise UserError(f"{root}: train and test have different classes")
-    words = []
-    for name, listing in listings.items():
-        each = [f"{label} {listing.labels.count(i):,}" for i, label in enumerate(listing.classes)]
-        words.append(f"{name} {len(listing.files):,} images" + (f" ({', '.join(each)})" if each else ""))
-    return "; ".join(words)
-
-
-def write_images(pictures: Iterable[Image.Image], labels: list[int], classes: list[str], folder: Path) -> None:
-    for name in classes:
-        (folder / name).mkdir(parents=True)
-    for i, (picture, label) in enumerate(progress(zip(pictures, labels), total=len(labels), desc=folder.name)):
-        picture.save(folder / classes[label] / f"{i:05}.png")
+def count_images(root: Path, row: DataSet) -> str:
+    """How many images each split has, and their classes, in words. Raises UserError for what cannot be read."""
+    splits = ["train"] if row.flat else ["train", "test"]
+    found = {split: load_data(root, split, 8, row.channels, labels=not row.flat) for split in splits}  # small: quick
+    words = "; ".join(f"{split} {len(data):,} images" for split, data in found.items())
+    return f"{words}; classes: {', '.join(found['train'].classes)}"
 
 
 # --- the course's checkpoints -------------------------------------------------------------------------------------
@@ -166,11 +126,7 @@ def get_checkpoints(source: Path | None) -> None:
     if not missing:
         print(f"{target} has all of the course's checkpoints: {', '.join(COURSE_CHECKPOINTS)}")
         return
-    with staging(target) as folder:
-        if source is None:
-            fetch({"Google Drive": from_google_drive}, folder, "checkpoints", COURSE_FOLDER)
-        else:
-            unpack(source, folder / "source")
+    with obtained("checkpoints", target, source, {"Google Drive": from_google_drive}, COURSE_FOLDER) as folder:
         files = {file.name: file for file in folder.rglob("*.pt") if file.name in missing}
         if not files:
             raise UserError(f"found none of {', '.join(missing)} in {source or COURSE_FOLDER}")
@@ -187,18 +143,36 @@ def get_checkpoints(source: Path | None) -> None:
 # --- where data comes from ----------------------------------------------------------------------------------------
 
 
-def fetch(sources: Mapping[str, Callable[[Path], None]], folder: Path, name: str, page: str) -> None:
-    """Into `folder`/source, from the first source that gives it. Raises UserError with the reasons of all."""
+@contextlib.contextmanager
+def obtained(name: str, target: Path, given: Path | None, sources: Sources, page: str) -> Iterator[Path]:
+    """A temporary folder beside `target`; in its `source` is what was given, or what the first source gave that could.
+
+    The folder is gone afterwards whatever happens. Raises UserError, with the reasons of all sources that failed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-download-", dir=target.parent))
+    try:
+        if given is not None:
+            unpack(given, folder / "source")
+        else:
+            fetch(sources, folder, f"download {page} in a browser and run `{PROGRAM} {name} --from PATH`")
+        yield folder
+    except UserError as error:
+        raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fetch(sources: Sources, folder: Path, by_hand: str) -> None:
     reasons = []
     for source, fetch_from in sources.items():
-        print(f"fetching from {source}", file=sys.stderr)
+        say(f"fetching from {source}")
         try:
             return fetch_from(folder)
         except UserError as error:
             reasons.append(f"{source}: {error}")
         for entry in folder.iterdir():  # half a download
             shutil.rmtree(entry)
-    by_hand = f"download {page} in a browser and run `python download_datasets.py {name} --from PATH`"
     raise UserError(f"{'; '.join(reasons)}; without it, {by_hand}")
 
 
@@ -217,15 +191,19 @@ def from_hub(row: DataSet, folder: Path) -> None:
 
         HfApi(endpoint).dataset_info(row.hub, timeout=10)  # load_dataset tries five times and does not say what failed
         splits = datasets.load_dataset(row.hub, cache_dir=str(folder / "hub"))
-        (folder / "source").mkdir()
         for split, data in splits.items():
+            place = folder / "source" / split
+            place.mkdir(parents=True)
             if row.classes:
-                data.to_parquet(folder / "source" / f"{split}.parquet")
-            else:
-                column = {type(feature): name for name, feature in reversed(data.features.items())}
-                image, label = column[datasets.Image], column[datasets.ClassLabel]
-                pictures, names = (example[image] for example in data), data.features[label].names
-                write_images(pictures, list(data[label]), names, folder / "source" / split)
+                data.to_parquet(place / f"{split}.parquet")
+                continue
+            column = {type(feature): name for name, feature in reversed(data.features.items())}
+            image, label = column[datasets.Image], column[datasets.ClassLabel]
+            folders = [place / name for name in data.features[label].names]
+            for path in folders:
+                path.mkdir()
+            for i, example in enumerate(progress(data, desc=split)):
+                example[image].save(folders[example[label]] / f"{i:05}.png")
 
 
 def from_torchvision(row: DataSet, folder: Path) -> None:
@@ -238,7 +216,6 @@ def from_torchvision(row: DataSet, folder: Path) -> None:
 
 def from_kaggle(row: DataSet, folder: Path) -> None:
     """No message repeats what Kaggle's package says: it might name a secret."""
-    check_kaggle_token()
     with fetching("https://www.kaggle.com", secret=True), contextlib.redirect_stdout(io.StringIO()):
         try:
             import kaggle  # signs in at once, and old versions raise where they cannot
@@ -250,19 +227,6 @@ def from_kaggle(row: DataSet, folder: Path) -> None:
             raise UserError(NO_TOKEN) from error
         kaggle.api.dataset_download_files(row.kaggle, path=str(folder / "kaggle"), quiet=False)
     unpack(folder / "kaggle" / (row.kaggle.split("/")[1] + ".zip"), folder / "source")
-
-
-def check_kaggle_token() -> None:
-    """Kaggle's package takes a token that other users can read as well: here it is refused. So is having none."""
-    home, config = Path.home() / ".kaggle", os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    folders = [home, Path(config, "kaggle"), os.environ.get("KAGGLE_CONFIG_DIR") or home]
-    names = ("access_token", "access_token.txt", "kaggle.json", "credentials.json")
-    files = [file for folder in folders for name in names if (file := Path(folder, name)).is_file()]
-    if not files and not (os.environ.get("KAGGLE_API_TOKEN") or os.environ.get("KAGGLE_KEY")):
-        raise UserError(NO_TOKEN)
-    for file in files:
-        if os.name == "posix" and file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise UserError(f"{file} holds a secret and is open to other users: run `chmod 600 {file}`")
 
 
 def require_network(url: str) -> None:
@@ -300,100 +264,53 @@ SOURCES = {"hub": from_hub, "torchvision": from_torchvision, "kaggle": from_kagg
 # --- unpacking ----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def staging(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, which is gone afterwards whatever happens."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-download-", dir=target.parent))
-    try:
-        yield folder
-    except UserError as error:
-        raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"no space left on the disk for {target}: nothing was kept") from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def unpack(source: Path, folder: Path) -> None:
-    """Copy a folder or a .pt file, or unpack a zip or tar archive, hidden files apart.
+    """Copy a folder or a .pt file, or unpack a zip or tar archive.
 
-    Raises UserError for an archive that is damaged, protected, larger than the disk, or has links or members outside.
+    Raises UserError for an archive that is damaged, larger than the disk, or has links or members outside.
     """
-    folder.mkdir()
+    say(f"unpacking {source.name}")
     try:
         if source.is_dir():
-            for file in progress(visible_files(source), desc=f"copying {source.name}", unit="file"):
-                copy = folder / file.relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
+            shutil.copytree(source, folder, ignore=shutil.ignore_patterns(".*"), ignore_dangling_symlinks=True)
         elif source.suffix == ".pt":  # a zip archive as well, but not to be unpacked
-            shutil.copyfile(source, folder / source.name)
+            folder.mkdir()
+            shutil.copy(source, folder)
         elif zipfile.is_zipfile(source):
-            unpack_zip(source, folder)
+            with zipfile.ZipFile(source) as zipped:
+                for info in zipped.infolist():
+                    info.filename = info.filename.replace("\\", "/")  # some programs for Windows write it so
+                check_members(source, {info.filename: info.file_size for info in zipped.infolist()}, folder)
+                zipped.extractall(folder, zipped.infolist())
         elif tarfile.is_tarfile(source):
-            unpack_tar(source, folder)
+            with tarfile.open(source) as archive:
+                check_members(source, {info.name: info.size for info in archive}, folder)
+                if special := [info.name for info in archive if not info.isdir() and not info.isfile()]:
+                    raise UserError(f"{source} is refused: its member {special[0]} is a link or a device")
+                archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not before Python 3.10.12
+                archive.extractall(folder)
         else:
             with open(source, "rb") as file:
                 if file.read(100).lstrip().startswith(b"<"):
                     raise UserError(
-                        f"{source} is a web page: the download was refused, so open the address in a browser"
+                        f"{source} is a web page: the download was refused, so open its address in a browser"
                     )
             raise UserError(f"{source} is neither a folder nor a zip or tar archive, or it ends early")
     except Exception as error:  # damaged bytes make zipfile, tarfile and the decompressors raise all kinds of errors
         of_the_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
         if of_the_disk or isinstance(error, UserError):
             raise
-        raise UserError(f"{source} is damaged or ends early ({error})") from error
+        raise UserError(f"{source} cannot be unpacked: it is damaged or ends early ({error})") from error
 
 
-def unpack_zip(source: Path, folder: Path) -> None:
-    with zipfile.ZipFile(source) as archive:
-        members = []
-        for info in archive.infolist():
-            if info.flag_bits & 1:
-                raise UserError(f"{source} is protected by a password: unpack it and give the folder to --from")
-            info.filename = info.filename.replace("\\", "/")  # some programs for Windows write it so
-            is_file = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
-            members.append((info.filename, info.is_dir(), is_file, info.file_size, info))
-        archive.extractall(folder, wanted(members, source, folder))
-
-
-def unpack_tar(source: Path, folder: Path) -> None:
-    with tarfile.open(source) as archive:
-        members = [(info.name, info.isdir(), info.isfile(), info.size, info) for info in archive.getmembers()]
-        # tarfile takes an archive that ends between two members for whole, and never reads a compressed one's checksum
-        stream: Any = archive.fileobj
-        if stream.tell() == archive.offset:
-            raise EOFError("its end mark is missing")
-        while stream.read(1 << 20):
-            pass
-        # before Python 3.10.12 and 3.11.4 there is no filter, only what `wanted` has checked
-        safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        archive.extractall(folder, wanted(members, source, folder), **safely)
-
-
-def wanted(members: list[tuple[str, bool, bool, int, Any]], source: Path, folder: Path) -> Iterable[Any]:
-    """The infos of the files of (name, is folder, is file, size, info), with a bar. Raises UserError: see `unpack`."""
-    files, need = {}, 0
-    for name, is_folder, is_file, size, info in members:
-        path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
+def check_members(source: Path, sizes: dict[str, int], folder: Path) -> None:
+    """Raise UserError for a member that would land outside of `folder`, and where all would not fit on the disk."""
+    for name in sizes:
+        if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match("[A-Za-z]:", name):
             raise UserError(f"{source} is refused: its member {name!r} would land outside of the target")
-        if not is_folder and not is_file:
-            raise UserError(f"{source} is refused: its member {name} is a link or a device")
-        if not is_folder and not is_hidden(path):
-            if path in files:
-                raise UserError(f"{source} has two members called {path}")
-            files[path], need = info, need + size
-    if clash := files.keys() & {parent for path in files for parent in path.parents}:
-        raise UserError(f"{source} has two members called {clash.pop()}, a file and a folder")
-    free = shutil.disk_usage(folder).free
+    need, free = sum(sizes.values()), shutil.disk_usage(folder.parent).free
     if need > free:
         raise UserError(f"{source} needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left")
-    return progress(files.values(), desc=f"unpacking {source.name}", unit="file")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """How good samples are: Frechet and kernel distance, precision and recall, label agreement; bits/dim and noise error.
 
     python evaluate.py SAMPLES --data NAME            compare samples with the test split of a data set
-    python evaluate.py copying SAMPLES --data NAME    are they nearer to training images than to test images?
     python evaluate.py sanity --data NAME             do the measures order real, damaged and memorised images rightly?
     python evaluate.py noise-error CHECKPOINT         a model's held-out error of the predicted noise, against t
     python evaluate.py likelihood CHECKPOINT          a model's variational bound in bits/dim
@@ -15,7 +14,6 @@ and what they say about the real images are in checkpoints/, so comparing sample
 import argparse
 import contextlib
 import copy
-import dataclasses
 import functools
 import itertools
 import json
@@ -29,40 +27,15 @@ import torch
 from torchvision.transforms.functional import gaussian_blur
 
 import features
+import utils
 from ddpm import SAMPLERS, noise_level, per_image
 from ddpm_conditional import predictor, with_labels
 from features import FeatureNet, features_of, statistics
 from image_data import DATASETS, ImageData
-from utils import (
-    ArgumentParser,
-    UserError,
-    autocast,
-    check_writable,
-    command_line,
-    generator,
-    load_samples,
-    look_up,
-    natural,
-    number,
-    pick_device,
-    positive,
-    progress,
-    samples_source,
-    say,
-    sha256,
-    to_model,
-    to_uint8,
-    write_json,
-)
+from utils import ArgumentParser, UserError, generator, natural, positive, progress, say, sha256, to_model
 from weights import find_checkpoint, image_shape, load_checkpoint
 
 # --- distances between two sets of features -----------------------------------------------------------------------
-
-
-def psd_sqrt(a: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root of a symmetric positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh(a)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def frechet(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, cov2: torch.Tensor) -> float:
@@ -70,8 +43,9 @@ def frechet(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, cov2: torc
 
     cov1 cov2 has the eigenvalues of the symmetric S cov2 S with S = cov1^(1/2), so no general matrix root is needed.
     """
-    mu1, cov1, mu2, cov2 = (torch.as_tensor(a).double() for a in (mu1, cov1, mu2, cov2))
-    root = psd_sqrt(cov1)
+    mu1, cov1, mu2, cov2 = (a.double() for a in (mu1, cov1, mu2, cov2))
+    values, vectors = torch.linalg.eigh(cov1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     return max(0.0, ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item())
 
@@ -79,21 +53,17 @@ def frechet(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, cov2: torc
 def frechet_bootstrap(x: torch.Tensor, mu: torch.Tensor, cov: torch.Tensor, draws: int = 100, seed: int = 0) -> dict:
     """How the Frechet distance to (mu, cov) varies with the choice of samples: they are drawn again with replacement.
 
-    Resampling biases the distance upwards, about as much as a finite number of samples does already. So interval_95
-    has the width of the bootstrap's distribution, moved back to the estimate: it bounds the distance *at this sample
-    count*. `bias` is the shift: roughly what infinitely many samples would take off the distance.
+    Resampling raises the distance by a bias, about as much as a finite number of samples does already. interval_95 is
+    therefore the bootstrap's interval moved back to the estimate: it bounds the distance *at this sample count*.
     """
     if draws < 2:
         raise UserError(f"the bootstrap needs at least 2 draws, not {draws}")
-    estimate = frechet(*statistics(x), mu, cov)
-    g = generator(seed)
-    again = torch.tensor(
-        [frechet(*statistics(x[torch.randint(len(x), (len(x),), generator=g)]), mu, cov) for _ in range(draws)],
-        dtype=torch.float64,
-    )
-    bias = again.mean().item() - estimate
-    low, high = torch.quantile(again, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    interval, error = [max(0.0, low - bias), high - bias], again.std().item()
+    g, count = generator(seed), len(x)
+    again = [frechet(*statistics(x[torch.randint(count, (count,), generator=g)]), mu, cov) for _ in range(draws)]
+    distances = torch.tensor(again, dtype=torch.float64)
+    bias = distances.mean().item() - frechet(*statistics(x), mu, cov)
+    low, high = torch.quantile(distances, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    interval, error = [max(0.0, low - bias), high - bias], distances.std().item()
     return {"interval_95": interval, "standard_error": error, "bias": bias, "draws": draws, "seed": seed}
 
 
@@ -130,8 +100,7 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: 
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), features N x D and M x D.
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour in the
-    set. Precision: the share of fake points in the real manifold; recall: of real points in the fake one. Both depend
-    on the counts, which should be equal.
+    set. Precision: the share of fake points in the real manifold; recall: of real points in the fake one.
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(f"precision and recall with k = {k} need more than {k} samples of each kind")
@@ -161,11 +130,10 @@ def label_agreement(logits: torch.Tensor, labels: torch.Tensor, classes: list[st
     def facts(chosen):
         return {"agreement": agrees[chosen].mean().item(), "confidence": confidence[chosen].mean().item()}
 
-    per_class = [
-        {"label": label, "class": classes[label], "count": int((labels == label).sum()), **facts(labels == label)}
-        for label in labels.unique().tolist()
-    ]
-    overall = facts(slice(None))
+    overall, per_class = facts(slice(None)), []
+    for label in labels.unique().tolist():
+        chosen = labels == label
+        per_class.append({"label": label, "class": classes[label], "count": int(chosen.sum()), **facts(chosen)})
     error = math.sqrt(overall["agreement"] * (1 - overall["agreement"]) / len(labels))
     return {**overall, "standard_error": error, "per_class": per_class}
 
@@ -223,19 +191,11 @@ def compare(x: torch.Tensor, reference: dict[str, torch.Tensor], seed: int = 0, 
     return result | {"precision_recall_settings": {"k": 3, "count": pairs, "seed": seed}}
 
 
-def evaluate_samples(
-    images: torch.Tensor,
-    labels=None,
-    data_name: str = "fashion_mnist",
-    features_name: str | None = None,
-    seed: int = 0,
-    draws: int = 100,
-) -> dict:
+def evaluate_samples(images, labels=None, data_name="fashion_mnist", features_name=None, seed=0, draws=100) -> dict:
     """Compare samples (uint8, N x C x H x W; labels int64, N, or the classes' names, or None) with a test split.
 
-    features_name: the feature classifier, by default the data set's own; "inception" is the standard FID's network. For
-    the classifier of another data set, samples and real images that are larger than its own are shrunk.
-    Raises UserError.
+    features_name: the classifier, by default the data set's own, or "inception", the standard FID's network. For the
+    classifier of another data set, samples and real images that are larger than its own are shrunk. Raises UserError.
     """
     if features_name == "inception":
         return {"samples": len(images), **inception_distance(images, data_name, seed)}
@@ -245,18 +205,19 @@ def evaluate_samples(
     features.check_shape(net, images)
     check_count(len(images), net.head.in_features)
     reference, facts = features.load_reference(data_name, net, image_size, labels is not None)
-    sample_features, logits = features_of(net, images)
-    result = {
-        "samples": len(images),
-        "image_size": image_size,
-        "data": Path(data_name).name,
-        "reference": {"split": "test", "images": facts["test_images"], "sha256": facts["sha256"]},
-        "features": {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256},
-        **compare(sample_features, reference, seed, draws),
-    }
+    x, logits = features_of(net, images)
+    result = {"samples": len(images), "image_size": image_size, "data": Path(data_name).name}
+    result |= made_from(net, facts) | compare(x, reference, seed, draws)
     if labels is not None and own:
         result["labels"] = label_agreement(logits, class_indices(labels, net.classes), net.classes)
     return result
+
+
+def made_from(net: FeatureNet, facts: dict) -> dict:
+    """What a distance was measured with: the reference and the classifier."""
+    reference = {"split": "test", "images": facts["test_images"], "sha256": facts["sha256"]}
+    about = {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256}
+    return {"reference": reference, "features": about}
 
 
 def class_indices(labels, classes: list[str]) -> torch.Tensor:
@@ -284,8 +245,7 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, netw
         fid = FrechetInceptionDistance(network, antialias=False)
         kernel = KernelInceptionDistance(network, subset_size=min(1000, len(images), len(test)))
     except Exception as error:  # a package that is missing, or whatever a failed download provokes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the Inception weights cannot be had ({reason}): leave --features out") from error
+        raise UserError(f"the Inception weights cannot be had ({error!r}): leave --features out") from error
     metrics = FeatureShare([fid, kernel])  # one pass through the network serves both
     for real, source in ((True, test.images), (False, images)):
         for part in progress(source.split(50), desc="Inception"):
@@ -293,53 +253,26 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, netw
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the subsets for the kernel distance
         distances = metrics.compute()
-    mean, deviation = distances["KernelInceptionDistance"]
+    mean, deviation = (value.item() for value in distances["KernelInceptionDistance"])
     return {
         "data": Path(data_name).name,
         "reference": {"split": "test", "images": len(test)},
         "features": {"name": "inception-v3-compat", "dimensions": 2048},
         "frechet_distance": distances["FrechetInceptionDistance"].item(),
-        "kernel_distance": {"kid": mean.item(), "standard_deviation": deviation.item(), "seed": seed},
+        "kernel_distance": {"kid": mean, "standard_deviation": deviation, "seed": seed},
     }
 
 
-# --- copying ------------------------------------------------------------------------------------------------------
+def nearest_neighbours(samples: torch.Tensor, data: ImageData, net: FeatureNet, k: int = 1):
+    """For each sample (uint8, N x C x H x W) the k nearest images of `data`, in the features of a classifier.
 
-
-def nearest_neighbours(
-    samples: torch.Tensor, data: ImageData, net: FeatureNet | None = None, k: int = 1, chunk: int = 2000
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each sample (uint8, N x C x H x W) the k nearest images of `data`: indices and distances, both N x k.
-
-    Distances are Euclidean, between pixels (0..255) or, where a classifier is given, between its features.
+    Returns their indices and distances, both N x k.
     """
-
-    def embed(images):
-        return (features_of(net, features.shrink(net, images))[0] if net else images.flatten(1)).double()
-
-    there, here = tuple(samples.shape[1:]), tuple(data.images.shape[1:])
-    if there != here:
-        raise UserError(f"the samples are {there} (channels, height, width), the images of {data.name} {here}")
-    x = embed(samples)
-    distances = torch.cat([squared_distances(x, embed(part)) for part in data.images.split(chunk)], 1)
-    nearest = distances.topk(k, largest=False)
+    features.check_shape(net, samples)
+    x = features_of(net, samples)[0].double()
+    parts = [squared_distances(x, features_of(net, part)[0].double()) for part in data.images.split(2000)]
+    nearest = torch.cat(parts, 1).topk(k, largest=False)
     return nearest.indices, nearest.values.sqrt()
-
-
-def copying(samples: torch.Tensor, train: ImageData, test: ImageData, net: FeatureNet | None = None, seed=0) -> dict:
-    """Of the samples' nearest neighbours among equally many training and test images, the share of training images.
-
-    It is 1/2 where nothing is memorised, up to its (binomial) standard error. In a classifier's features it may be more
-    by itself, as the classifier has seen the training images, too. samples: uint8 N x C x H x W.
-    """
-    count, g = min(len(train), len(test)), generator(seed)
-    distances = []
-    for data in (train, test):
-        some = data.images[torch.randperm(len(data), generator=g)[:count].sort().values]
-        distances.append(nearest_neighbours(samples, dataclasses.replace(data, images=some), net)[1][:, 0])
-    share = (distances[0] < distances[1]).double().mean().item()
-    error = math.sqrt(share * (1 - share) / len(samples))
-    return {"share_of_training_images": share, "standard_error": error, "images_of_each": count, "seed": seed}
 
 
 # --- a model against held-out images ------------------------------------------------------------------------------
@@ -388,16 +321,14 @@ def predictions(model, diffusion, images, labels, edges: list[int], seed: int, b
 
 
 @torch.inference_mode()
-def noise_error(
-    model, diffusion, images: torch.Tensor, labels: torch.Tensor | None = None, bins=20, seed=0, batch_size=250
-) -> dict:
+def noise_error(model, diffusion, images: torch.Tensor, labels=None, seed=0, batch_size=250) -> dict:
     """Held-out mean squared error of the predicted noise (Ho et al. 2020, eq. 14), in total and against t.
 
-    Each image (float, in [-1, 1], N x C x H x W) is seen at one t in each of `bins` equal ranges of t. Comparable
-    between models of one T and schedule whatever loss they were trained with.
+    Each image (float, in [-1, 1], N x C x H x W) is seen at one t in each of 20 equal ranges of t. Comparable between
+    models of one T and schedule whatever loss they were trained with.
     """
     T = diffusion.timesteps
-    edges = sorted({round(i * T / min(bins, T)) for i in range(min(bins, T) + 1)})
+    edges = sorted({round(i * T / min(20, T)) for i in range(min(20, T) + 1)})
     per_range, total, variance = [], 0.0, 0.0
     for (first, last), _, noise, eps in predictions(model, diffusion, images, labels, edges, seed, batch_size):
         errors = (eps - noise).double().square().flatten(1).mean(1)
@@ -428,23 +359,15 @@ def log_discretized_gaussian(x: torch.Tensor, mean: torch.Tensor, sigma: float) 
 
 
 @torch.inference_mode()
-def variational_bound(
-    model, diffusion, images: torch.Tensor, labels=None, variance="beta", clip=True, seed=0, batch_size=250
-) -> dict:
+def variational_bound(model, diffusion, images: torch.Tensor, labels=None, clip=True, seed=0, batch_size=250) -> dict:
     """The bound L_T + sum of L_t + L_0 on -log p (Ho et al. 2020, eq. 5 and section 3.3) in bits/dim.
 
     images: float N x C x H x W with the 256 levels of [-1, 1]. With our 0-based t the terms are: L_0 at t = 0, the
     discretised decoder -log p(image | x_t); at 1 <= t < T the KL divergences L_t from the posterior; the prior's L_T.
-    variance: sigma_t^2 is "beta" (beta_t) or the "posterior"'s, which is 0 at t = 0: there, as in Ho et al.'s code,
-    that of t = 1 stands in. clip: clip the predicted x0 to [-1, 1].
-    Each image is seen at one t in each of a row of ranges that grow with t, since the smallest t matter most; the sum
-    is unbiased, and its standard error is that of independent images.
+    The model's variance is beta_t. clip: clip the predicted x0 to [-1, 1]. Each image is seen at one t in each of a row
+    of ranges that grow with t, since the smallest t matter most; the sum is unbiased.
     """
     process = copy.copy(diffusion).to("cpu", torch.float64)
-    variances = {"beta": process.betas, "posterior": process.posterior_variance}
-    sigma2 = look_up(variances, variance, "variance").clone()
-    if sigma2[0] == 0:
-        sigma2[0] = sigma2[1] if len(sigma2) > 1 else process.betas[0]
 
     def bits_per_dim(nats):
         return nats.flatten(1).mean(1) / math.log(2)
@@ -457,14 +380,12 @@ def variational_bound(
     for (first, last), t, noise, eps in predictions(model, diffusion, images, labels, edges, seed, batch_size):
         x_t = process.q_sample(x0, t, noise.double())
         predicted = process.predict_x0(x_t, t, eps.double())
-        if clip:
-            predicted = predicted.clamp(-1, 1)
-        mean, _ = process.q_posterior(predicted, x_t, t)
+        mean, _ = process.q_posterior(predicted.clamp(-1, 1) if clip else predicted, x_t, t)
         if first == 0:
-            terms = -log_discretized_gaussian(x0, mean, sigma2[0].sqrt().item())
+            terms = -log_discretized_gaussian(x0, mean, process.betas[0].sqrt().item())
         else:
             true_mean, v1 = process.q_posterior(x0, x_t, t)
-            v2 = per_image(sigma2, t)
+            v2 = per_image(process.betas, t)
             terms = 0.5 * ((v2 / v1).log() + v1 / v2 - 1 + (true_mean - mean).square() / v2)
         terms = bits_per_dim(terms)
         row = {"t_from": first, "t_to": last - 1, "bits_per_dim_per_step": terms.mean().item()}
@@ -472,39 +393,22 @@ def variational_bound(
         totals += (last - first) * terms
     if not totals.isfinite().all():
         raise UserError("the bound is not finite: the model's predictions are too far off")
-    kl = sum(r["bits_per_dim_per_step"] * (r["t_to"] - r["t_from"] + 1) for r in per_range[1:])
-    return {
-        "bits_per_dim": totals.mean().item(),
-        "standard_error": standard_error(totals),
-        "L_T": prior.mean().item(),
-        "sum_of_L_t": kl,
-        "L_0": per_range[0]["bits_per_dim_per_step"],
-        "per_t": per_range,
-        "variance": variance,
-        "clip": clip,
-        **measured_on(images, labels, diffusion, seed),
-    }
+    result = {"bits_per_dim": totals.mean().item(), "standard_error": standard_error(totals)}
+    result |= {"L_T": prior.mean().item(), "L_0": per_range[0]["bits_per_dim_per_step"]}
+    result["sum_of_L_t"] = sum(r["bits_per_dim_per_step"] * (r["t_to"] - r["t_from"] + 1) for r in per_range[1:])
+    result |= {"per_t": per_range, "variance": "beta", "clip": clip}
+    return result | measured_on(images, labels, diffusion, seed)
 
 
-def timestep_ranges(timesteps: int, growth: float = 1.25) -> list[int]:
-    """Edges 0, 1, 2, ..., T of ranges of t whose lengths grow with t; t = 0 is a range of its own."""
+def timestep_ranges(timesteps: int) -> list[int]:
+    """Edges 0, 1, 2, ..., T of ranges of t whose lengths grow by a quarter; t = 0 is a range of its own."""
     edges = [0]
     while edges[-1] < timesteps:
-        edges.append(min(timesteps, max(edges[-1] + 1, round(edges[-1] * growth))))
+        edges.append(min(timesteps, max(edges[-1] + 1, round(edges[-1] * 1.25))))
     return edges
 
 
 # --- quality against the guidance scale ---------------------------------------------------------------------------
-
-
-def interval(text: str) -> list[int] | None:
-    """An argparse type: 200-700 are the timesteps at which guidance acts, none is all."""
-    if text == "none":
-        return None
-    low, high = map(int, text.split("-"))
-    if not 0 <= low <= high:
-        raise argparse.ArgumentTypeError(f"{text} is not an interval of timesteps, such as 200-700")
-    return [low, high]
 
 
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
@@ -512,112 +416,79 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", type=Path, required=True, help="a conditional checkpoint")
     add("--data", help="the data set to compare with (default: the one the model was trained on)")
     add("--weights", nargs="+", default=["raw", "ema"], help="raw, ema, or ema_BETA")
-    add("--scales", nargs="+", type=number(float, 0), default=[1, 1.25, 1.5, 2, 3, 5, 7.5], help="guidance scales")
-    add("--intervals", nargs="+", type=interval, default=[None], help="timesteps to guide at, as 200-700; none: all")
+    add("--scales", nargs="+", type=utils.number(float, 0), default=[1, 1.25, 1.5, 2, 3, 5, 7.5], help="of guidance")
     add("--n", type=positive, default=2000, help="samples per setting, spread over the classes")
     add("--sampler", choices=list(SAMPLERS), default="dpm", help="as for `sample`")
     add("--steps", type=positive, default=20, help="network evaluations per image")
     add("--seed", type=natural, default=0, help="image i depends on (seed, i) only")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--out", type=Path, required=True, help="the .json to write, or to go on with")
+    add("--out", type=Path, required=True, help="the .json to write; the same command goes on with it")
     parser.set_defaults(run=run_sweep)
 
 
-def earlier_rows(path: Path, settings: dict) -> list[dict]:
-    """The rows that an earlier sweep with the same settings wrote to `path`, if any. Raises UserError."""
-    if not path.exists():
-        return []
-    try:
-        previous = json.loads(path.read_text())
-        same, rows = all(previous[name] == value for name, value in settings.items()), previous["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a result of this command: use another --out") from error
-    if not same:
-        raise UserError(f"{path} was measured with other settings or weights: delete it, or use another --out")
-    return rows
-
-
-def sweep_command(args, rows: list[dict]) -> str:
-    """The command that measures all rows, however many commands they came from."""
-    weights, scales = (dict.fromkeys(row[key] for row in rows) for key in ("weights", "cfg_scale"))
-    intervals = dict.fromkeys("-".join(map(str, row.get("cfg_interval") or ["none"])) for row in rows)
-    flags = {"checkpoint": args.checkpoint, "data": args.data, "weights": " ".join(weights)}
-    flags["scales"] = " ".join(f"{scale:g}" for scale in sorted(scales))
-    flags["intervals"] = " ".join(intervals) if set(intervals) != {"none"} else None
-    flags |= {name: getattr(args, name) for name in ("n", "sampler", "steps", "seed", "out")}
-    given = (f"--{name} {value}" for name, value in flags.items() if value is not None)
+def sweep_command(args) -> str:
+    flags = vars(args) | {"weights": " ".join(args.weights), "scales": " ".join(f"{scale:g}" for scale in args.scales)}
+    names = ("checkpoint", "data", "weights", "scales", "n", "sampler", "steps", "seed", "out")
+    given = [f"--{name} {flags[name]}" for name in names if flags[name] is not None]
     return " ".join(["python ddpm_conditional.py sweep", *given])
 
 
 def run_sweep(args) -> None:
-    """Measure the samples of each kind of weights at each guidance scale and interval, but what --out already holds."""
-    check_writable(args.out)
-    device = pick_device(args.device)
+    """Measure the samples of each kind of weights at each guidance scale, but what --out already holds."""
+    utils.check_writable(args.out)
+    device = utils.pick_device(args.device)
     # all of them before the work: one that is not there is refused at once
     models = {weights: load_checkpoint(args.checkpoint, weights, device) for weights in args.weights}
-    model, diffusion, config = next(iter(models.values()))
+    model, diffusion, config = models[args.weights[0]]
     if model.num_classes is None:
         raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
     if args.steps > diffusion.timesteps:
         raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
-    if any(where and where[0] >= diffusion.timesteps for where in args.intervals):
-        raise UserError(f"--intervals must begin below the model's {diffusion.timesteps} timesteps")
-    data_name = args.data or config["data"].get("name")
+    data_name, shape = args.data or config["data"].get("name"), image_shape(model, config)
     if data_name is None:
         raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")
-    source = {"checkpoint": args.checkpoint.name, "sha256": sha256(find_checkpoint(args.checkpoint))}
     sampler = {"sampler": args.sampler, "steps": args.steps, "eta": noise_level(args.sampler)}
-    settings = source | {"sampler": sampler, "n": args.n, "seed": args.seed, "data": args.data}
-    rows = earlier_rows(args.out, settings)
-    shape, net = image_shape(model, config), features.load_features(data_name)
+    result = source_of(args.checkpoint) | {"command": sweep_command(args), "sampler": sampler, "rows": []}
+    result |= {name: getattr(args, name) for name in ("n", "seed", "data")}
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    result["config"] = {name: value for name, value in config.items() if name != "weights"}
+    if args.out.exists():
+        result["rows"] = earlier_rows(args.out, result)
+    net = features.load_features(data_name)
     features.check_shape(net, torch.empty(0, *shape))
     check_count(args.n, net.head.in_features)
-    parameters = sum(p.numel() for p in model.parameters())
-    config = {name: value for name, value in config.items() if name != "weights"}  # the run's, the same for all
     labels = torch.arange(args.n) % model.num_classes
-
-    def save():
-        facts = {"command": sweep_command(args, rows), "config": config, "parameters": parameters}
-        write_json(args.out, facts | settings | {"rows": rows})
-
-    for weights, scale, where in itertools.product(args.weights, args.scales, args.intervals):
-        setting = {"weights": weights, "cfg_scale": scale, "cfg_interval": where}
-        if any(all(row.get(key) == value for key, value in setting.items()) for row in rows):
-            continue
+    for weights, scale in list(itertools.product(args.weights, args.scales))[len(result["rows"]) :]:
         model, _, loaded = models[weights]
-        name = f"{weights}, cfg_scale {scale:g}" + (f" for {where[0]} <= t <= {where[1]}" if where else "")
+        name = f"{weights}, cfg_scale {scale:g}"
         bar = functools.partial(progress, unit="step", desc=name)
-        guide = predictor(model, labels, scale, where)
-        with autocast(device):
+        with utils.autocast(device):
+            guide = predictor(model, labels, scale)
             batches = diffusion.sample_batches(guide, args.n, shape, seed=args.seed, progress=bar, **sampler)
-            images = torch.cat([to_uint8(x) for x in batches])
+            images = torch.cat([utils.to_uint8(x) for x in batches])
         quality = evaluate_samples(images, labels, data_name)
-        rows.append(setting | {"kind": loaded["weights"], "quality": quality})
+        result["rows"].append({"weights": weights, "cfg_scale": scale, "kind": loaded["weights"], "quality": quality})
         distance, agreement = quality.get("frechet_distance", math.nan), quality["labels"]["agreement"]
         say(f"{name}: Frechet distance {distance:.2f}, label agreement {agreement:.1%}")
-        save()
-    save()
-    print(f"wrote {args.out}: {len(rows)} settings")
+        utils.write_json(args.out, result)
+    print(f"wrote {args.out}: {len(result['rows'])} settings")
+
+
+def earlier_rows(path: Path, result: dict) -> list[dict]:
+    """The rows that the same command, interrupted, wrote to `path`. Raises UserError."""
+    try:
+        earlier = json.loads(path.read_text())
+        if (earlier["command"], earlier["sha256"]) == (result["command"], result["sha256"]):
+            return earlier["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a result of this command: use another --out") from error
+    raise UserError(f"{path} was measured with other settings or weights: delete it, or use another --out")
 
 
 # --- sanity ----------------------------------------------------------------------------------------------------------
 
 
-def damaged(images: torch.Tensor, g: torch.Generator) -> dict[str, torch.Tensor]:
-    """{what was done to them: the images} (uint8, N x C x H x W): blurred, noised, or only a few of them, repeated."""
-    sets = {}
-    for sigma in (0.5, 1.0, 2.0):
-        blurred = gaussian_blur(images.float(), 2 * math.ceil(3 * sigma) + 1, sigma)
-        sets[f"blurred {sigma:g} px"] = blurred.round().to(torch.uint8)
-    for sigma in (0.05, 0.1, 0.2, 0.4):  # in the units of [-1, 1]
-        noised = images + 127.5 * sigma * torch.randn(images.shape, generator=g)
-        sets[f"noised {sigma:g}"] = noised.round().clamp(0, 255).to(torch.uint8)
-    for distinct in (len(images) // 50, len(images) // 10):
-        sets[f"memorised {distinct} images"] = images[torch.arange(len(images)) % distinct]
-    return sets
-
-
-def sanity(data_name: str, n: int = 5000, seed: int = 0) -> dict:
+def sanity(data_name: str, seed: int = 0, n: int = 5000) -> dict:
     """Every measure on real, damaged, mode-dropped and memorised images, and the Frechet distance against the count."""
     net = features.load_features(data_name)
     train, test = features.load_splits(data_name, labels=True)
@@ -626,8 +497,15 @@ def sanity(data_name: str, n: int = 5000, seed: int = 0) -> dict:
     order = torch.randperm(len(train), generator=g)
     assert train.labels is not None
     x, labels = train.images[order[:n]], train.labels[order]
-    some_test = test.images[torch.randperm(len(test), generator=generator(seed, 1))[:n]]
-    sets = {"test": some_test, "train": x, **damaged(x, g)}
+    sets = {"test": test.images[torch.randperm(len(test), generator=generator(seed, 1))[:n]], "train": x}
+    for sigma in (0.5, 1.0, 2.0):
+        blurred = gaussian_blur(x.float(), 2 * math.ceil(3 * sigma) + 1, sigma)
+        sets[f"blurred {sigma:g} px"] = blurred.round().to(torch.uint8)
+    for sigma in (0.05, 0.1, 0.2, 0.4):  # in the units of [-1, 1]
+        noised = x + 127.5 * sigma * torch.randn(x.shape, generator=g)
+        sets[f"noised {sigma:g}"] = noised.round().clamp(0, 255).to(torch.uint8)
+    for distinct in (n // 50, n // 10):
+        sets[f"memorised {distinct} images"] = x[torch.arange(n) % distinct]
     for dropped in (k for k in (1, 3, 5) if k < len(train.classes)):  # as many images, of the classes that are left
         sets[f"without {dropped} of {len(train.classes)} classes"] = train.images[order[labels >= dropped][:n]]
     sets["noise only"] = torch.randint(256, x.shape, generator=g, dtype=torch.uint8)
@@ -635,13 +513,12 @@ def sanity(data_name: str, n: int = 5000, seed: int = 0) -> dict:
         {"name": name, "count": len(some), **compare(features_of(net, some)[0], reference, seed)}
         for name, some in sets.items()
     ]
-    facts = {"split": "test", "images": facts["test_images"], "sha256": facts["sha256"]}
-    about = {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256}
-    about["test_accuracy"] = net.test_accuracy
-    curve = count_curve(features_of(net, train.images)[0], reference, seed)
-    return {"data": net.name, "seed": seed, "sets": rows, "curve": curve, "reference": facts, "features": about}
+    result = {"data": net.name, "seed": seed, "sets": rows, **made_from(net, facts)}
+    result["features"]["test_accuracy"] = net.test_accuracy
+    return result | {"curve": count_curve(features_of(net, train.images)[0], reference, seed)}
 
 
+@one_thread()
 def count_curve(x: torch.Tensor, reference: dict, seed: int, repeats: int = 10) -> list[dict]:
     """Training images' features x against the test split, by their number: the floor of the Frechet distance, mean and
     spread over subsets; precision and recall of the first subset."""
@@ -650,8 +527,7 @@ def count_curve(x: torch.Tensor, reference: dict, seed: int, repeats: int = 10) 
         if not x.shape[1] < count <= len(x):
             continue
         subsets = [x[torch.randperm(len(x), generator=generator(seed, count, i))[:count]] for i in range(repeats)]
-        with one_thread():
-            distances = [frechet(*statistics(some), reference["test_mean"], reference["test_cov"]) for some in subsets]
+        distances = [frechet(*statistics(some), reference["test_mean"], reference["test_cov"]) for some in subsets]
         pairs = min(count, len(test))
         some_test = test[torch.randperm(len(test), generator=generator(seed, count))[:pairs]]
         precision, recall = precision_recall(some_test, subsets[0][:pairs])
@@ -663,116 +539,79 @@ def count_curve(x: torch.Tensor, reference: dict, seed: int, repeats: int = 10) 
 # --- command line -------------------------------------------------------------------------------------------------
 
 
+def source_of(path: Path) -> dict:
+    return {"checkpoint": path.name, "sha256": sha256(find_checkpoint(path))}
+
+
 def sample_file(path: Path) -> dict:
     """What a result records of the file that the samples were in."""
-    return {"file": path.name} | ({} if path.is_dir() else {"file_sha256": sha256(path), **samples_source(path)})
+    return {"file": path.name} | ({} if path.is_dir() else {"file_sha256": sha256(path), **utils.samples_source(path)})
 
 
 def run_samples(args) -> dict:
-    images, labels = load_samples(args.samples)
+    images, labels = utils.load_samples(args.samples)
     result = evaluate_samples(images, labels, args.data, args.features, args.seed, args.bootstrap)
     return sample_file(args.samples) | result
 
 
-def run_copying(args) -> dict:
-    images, _ = load_samples(args.samples)
-    train, test = features.load_splits(args.data, images.shape[-1], images.shape[1])
-    result = {"data": train.name, "samples": len(images), "pixels": copying(images, train, test, None, args.seed)}
-    if args.features:
-        net = features.load_features(args.features)
-        result[f"features of {net.name}"] = copying(images, train, test, net, args.seed)
-    return sample_file(args.samples) | result
-
-
-def run_train_features(args) -> dict:
-    return features.train_features(args.name, args.seed)
-
-
-def run_sanity(args) -> dict:
-    return sanity(args.data, args.n, args.seed)
-
-
-def run_model(args, measure) -> dict:
+def run_model(measure, args) -> dict:
     """noise-error and likelihood: the checkpoint, its images, the measurement."""
-    model, diffusion, config = load_checkpoint(args.checkpoint, args.weights, pick_device(args.device))
+    model, diffusion, config = load_checkpoint(args.checkpoint, args.weights, utils.pick_device(args.device))
     images, labels, data_name = model_images(args.data, config, args.n)
     result = measure(model, diffusion, images, labels, seed=args.seed, batch_size=args.batch_size)
-    source = {"checkpoint": args.checkpoint.name, "sha256": sha256(find_checkpoint(args.checkpoint))}
-    return source | {"weights": config["weights"], "data": data_name, "split": "test"} | result
+    return source_of(args.checkpoint) | {"weights": config["weights"], "data": data_name, "split": "test"} | result
 
 
-def run_noise_error(args) -> dict:
-    return run_model(args, functools.partial(noise_error, bins=args.bins))
-
-
-def run_likelihood(args) -> dict:
-    return run_model(args, functools.partial(variational_bound, variance=args.variance, clip=args.clip))
+COMMANDS = {
+    "samples": (run_samples, "compare samples with a data set's test split (`samples` may be left out)"),
+    "sanity": (lambda args: sanity(args.data, args.seed), "do the measures order real and damaged images rightly?"),
+    "noise-error": (lambda args: run_model(noise_error, args), "squared error of the predicted noise on test images"),
+    "likelihood": (lambda args: run_model(variational_bound, args), "variational bound on test images, in bits/dim"),
+    "train-features": (
+        lambda args: features.train_features(args.name, args.seed),
+        "train a data set's feature classifier and store references",
+    ),
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, run, help):
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.add_argument("--seed", type=natural, default=0, help="of everything random")
-        sub.add_argument("--json-out", type=Path, help="also write the result to this file")
-        sub.set_defaults(run=run)
-        return sub.add_argument
-
-    for name, run, help in (
-        ("samples", run_samples, "compare samples with a data set's test split (`samples` may be left out)"),
-        ("copying", run_copying, "the share of training images among the samples' nearest neighbours"),
-    ):
-        add = command(name, run, help)
-        add("samples", type=Path, help=".npz, .npy, or a folder of pictures")
-        add("--data", required=True, help="fashion_mnist, cifar10, ...: the data set to compare with")
-        if name == "copying":
-            add("--features", help="compare in this classifier's features, too")
-            continue
-        add("--features", help="whose classifier's features, or inception (default: the data set's own)")
-        add("--bootstrap", type=natural, default=100, help="draws for the Frechet distance's interval")
-
-    add = command("train-features", run_train_features, "train a data set's feature classifier and store references")
-    add("name", help="the data set")
-
-    add = command("sanity", run_sanity, "do the measures order real, damaged and memorised images rightly?")
-    add("--data", default="fashion_mnist", help="the data set")
-    add("--n", type=positive, default=5000, help="images in each set")
-
-    for name, run, help in (
-        ("noise-error", run_noise_error, "mean squared error of the predicted noise on test images"),
-        ("likelihood", run_likelihood, "variational bound on test images, in bits/dim"),
-    ):
-        add = command(name, run, help)
-        add("checkpoint", type=Path, help="a checkpoint, a run's folder, or the course's weights")
-        add("--data", help="the data set (default: the one the model was trained on)")
-        add("--n", type=positive, default=1000, help="test images")
-        add("--weights", help="raw, ema or ema_BETA (default: the average where there is one)")
-        add("--batch-size", type=positive, default=250, help="images at once")
-        add("--device", default="auto", help="auto, cpu, cuda or mps")
-        if name == "noise-error":
-            add("--bins", type=positive, default=20, help="ranges of t")
-        else:
-            add("--variance", choices=["beta", "posterior"], default="beta", help="sigma_t^2")
-            add("--clip", action=argparse.BooleanOptionalAction, default=True, help="the predicted x0")
+    commands, add = parser.add_subparsers(dest="command", required=True), {}
+    for name, (run, help) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=help)
+        command.add_argument("--seed", type=natural, default=0, help="of everything random")
+        command.add_argument("--json-out", type=Path, help="also write the result to this file")
+        command.set_defaults(run=run)
+        add[name] = command.add_argument
+    add["samples"]("samples", type=Path, help=".npz, .npy, or a folder of pictures")
+    for name in ("samples", "sanity"):
+        add[name]("--data", required=True, help="fashion_mnist, cifar10, ...: the data set to compare with")
+    add["samples"]("--features", help="whose classifier's features, or inception (default: the data set's own)")
+    add["samples"]("--bootstrap", type=natural, default=100, help="draws for the Frechet distance's interval")
+    for name in ("noise-error", "likelihood"):
+        add[name]("checkpoint", type=Path, help="a checkpoint, a run's folder, or the course's weights")
+        add[name]("--data", help="the data set (default: the one the model was trained on)")
+        add[name]("--n", type=positive, default=1000, help="test images")
+        add[name]("--weights", help="raw, ema or ema_BETA (default: the average where there is one)")
+        add[name]("--batch-size", type=positive, default=250, help="images at once")
+        add[name]("--device", default="auto", help="auto, cpu, cuda or mps")
+    add["train-features"]("name", help="the data set")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = ("samples", "copying", "train-features", "sanity", "noise-error", "likelihood", "-h", "--help")
-    if argv and argv[0] not in commands:
+    if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
         argv.insert(0, "samples")
     args = make_parser().parse_args(argv)
     if args.json_out:
-        check_writable(args.json_out)  # better before the work than after it
+        utils.check_writable(args.json_out)  # better before the work than after it
     result = {"command": " ".join(["python evaluate.py", *argv]), **args.run(args)}
     print(json.dumps(result, indent=2, allow_nan=False))
     if args.json_out:
-        write_json(args.json_out, result)
+        utils.write_json(args.json_out, result)
         print(f"wrote {args.json_out}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    utils.command_line(main)

@@ -54,18 +54,15 @@ class ResidualBlock(nn.Module):
 class FeatureNet(nn.Module):
     """A small ResNet classifier: float N x C x H x W in [-1, 1] -> features N x widths[-1], logits N x classes.
 
-    Its features are the activations before the last layer, averaged over positions. With `mirror`, once trained, they
-    are also averaged over the image and its mirror image: better where left and right mean nothing. `load_features`
-    sets `name`, `sha256` (of the weights' file), `classes` and `test_accuracy`.
+    Its features are the activations before the last layer, averaged over positions and, with `mirror`, once trained,
+    over the image and its mirror image. `load_features` sets what follows; `sha256` is of the weights' file.
     """
 
     name = sha256 = ""
     classes: list[str]
     test_accuracy: float
 
-    def __init__(
-        self, channels: int, image_size: int, classes: int, widths: list[int], depths: list[int], mirror: bool = False
-    ):
+    def __init__(self, channels: int, image_size: int, classes: int, widths: list, depths: list, mirror: bool = False):
         super().__init__()
         self.mirror = mirror
         self.image_shape = (channels, image_size, image_size)
@@ -88,13 +85,10 @@ def shift_and_flip(images: torch.Tensor, shift: int, flip: bool, generator: torc
     """Move each image (uint8, N x C x H x W) by up to `shift` pixels, reflected at the border; perhaps flip it."""
     n, _, height, width = images.shape
     padded = F.pad(to_model(images), (shift,) * 4, mode="reflect")
-    top, left = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
-    if flip:
-        coin = torch.rand(n, 1, generator=generator) < 0.5
-        columns = torch.where(coin, columns.flip(1), columns)
-    moved = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # N x H x W x C
-    return moved.permute(0, 3, 1, 2)
+    corners = torch.randint(0, 2 * shift + 1, (n, 2), generator=generator).tolist()
+    x = torch.stack([image[:, t : t + height, left : left + width] for image, (t, left) in zip(padded, corners)])
+    mirrored = torch.rand(n, 1, 1, 1, generator=generator) < 0.5 * flip
+    return torch.where(mirrored, x.flip(3), x)
 
 
 def one_cycle(position: float, rise: float = 0.2) -> float:
@@ -107,37 +101,33 @@ def one_cycle(position: float, rise: float = 0.2) -> float:
 def train_features(name: str, seed: int = 0) -> dict:
     """Train the classifier of data set `name`; write features_NAME and reference_NAME (.safetensors) to checkpoints/.
 
-    Nesterov SGD, learning-rate cycles, label smoothing. The state after every epoch is in runs/features_NAME/, where an
-    interrupted training goes on; delete it to start again. Returns the facts that the weights' file records.
+    An interrupted training goes on from runs/features_NAME/. Returns the facts that the weights' file records.
     """
     weights_path, reference_path = (checkpoint_path(kind, name) for kind in ("features", "reference"))
     train, test = load_splits(name, labels=True)
-    if len(train.classes) < 2:
-        raise UserError(f"{name} has one class only, so there is nothing to train a classifier on")
     if name == "fashion_mnist" and len(train) < 60_000:
         raise UserError("the shipped sample is too small: run `python download_datasets.py fashion_mnist` first")
     recipe = DEFAULT_RECIPE | (DATASETS[name].recipe if name in DATASETS else {})
     if len(train) < (least := recipe["batch_size"]):
         raise UserError(f"{len(train)} training images are too few for a classifier: it needs {least} or more")
-    architecture = {
-        "channels": train.images.shape[1],
-        "image_size": train.image_size,
-        "classes": len(train.classes),
-        **{key: recipe[key] for key in ("widths", "depths", "mirror")},
-    }
+    if len(train.classes) < 2:
+        raise UserError(f"{name} has one class only, so there is nothing to train a classifier on")
+    shape = {"channels": train.images.shape[1], "image_size": train.image_size, "classes": len(train.classes)}
+    architecture = shape | {key: recipe[key] for key in ("widths", "depths", "mirror")}
     torch.manual_seed(seed)
     net = FeatureNet(**architecture).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, nesterov=True)
-    epochs = [(cycle, i / cycle["epochs"]) for cycle in recipe["cycles"] for i in range(cycle["epochs"])]
-    folder, history = describe_folder(name), []
-    identity = json.dumps([architecture, recipe, seed, len(train), folder])
+    facts: dict[str, Any] = {"data": name, "folder": describe_folder(name), "seed": seed}
+    facts |= {"architecture": architecture, "recipe": recipe}
+    identity, history = json.dumps([facts, len(train)]), []
     states = ROOT / f"runs/features_{Path(name).name}"
-    state, path = load_state(states, {"identity", "net", "optimizer", "history"})
+    state, _ = load_state(states, {"identity", "net", "optimizer", "history"})
     if state is not None and state["identity"] == identity:
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
         say(f"going on after epoch {len(history)}")
+    epochs = [(cycle, i / cycle["epochs"]) for cycle in recipe["cycles"] for i in range(cycle["epochs"])]
     for epoch in range(len(history), len(epochs)):
         start = time.perf_counter()
         loss = train_epoch(net, optimizer, train, recipe, *epochs[epoch], seed, epoch)
@@ -147,17 +137,8 @@ def train_features(name: str, seed: int = 0) -> dict:
         state = {"identity": identity, "step": epoch + 1, "history": history}
         save_state(states, state | {"net": net.state_dict(), "optimizer": optimizer.state_dict()})
     net.half().float()  # from here on exactly what the file will hold
-    facts = {
-        "data": name,
-        "folder": folder,
-        "test_accuracy": accuracy(net, test),
-        "architecture": architecture,
-        "recipe": recipe,
-        "precision": pick_precision("cpu"),
-        "seed": seed,
-        "classes": train.classes,
-        "history": history,
-    }
+    facts |= {"classes": train.classes, "history": history, "precision": pick_precision("cpu")}
+    facts["test_accuracy"] = accuracy(net, test)
     weights = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
     save_tensors(weights_path, weights, facts)
     counts = {"train_images": len(train), "test_images": len(test), "features_sha256": sha256(weights_path)}
@@ -169,9 +150,9 @@ def train_features(name: str, seed: int = 0) -> dict:
 def load_splits(
     name: str | Path, image_size: int | None = None, channels: int | None = None, labels: bool = False
 ) -> tuple[ImageData, ImageData]:
-    """The training and the test images, all of one size: none are kept larger for random crops. Says what was read.
+    """The training and the test images, none kept larger for random crops. Says what was read.
 
-    channels: what own images are to have, where they are grey or read as RGB; built-in data has its own.
+    channels: of own images; built-in data has its own.
     """
     channels = None if str(name) in DATASETS else channels
     train, test = (load_data(name, split, image_size, channels, labels) for split in ("train", "test"))
@@ -181,9 +162,7 @@ def load_splits(
     return train, test
 
 
-def train_epoch(
-    net, optimizer, train: ImageData, recipe: dict, cycle: dict, begin: float, seed: int, epoch: int
-) -> float:
+def train_epoch(net, optimizer, train: ImageData, recipe, cycle, begin: float, seed: int, epoch: int) -> float:
     """One pass over the data, `begin` (0..1) of the way through `cycle`; its mean loss."""
     assert train.labels is not None
     net.train()
@@ -198,9 +177,8 @@ def train_epoch(
         loss = F.cross_entropy(logits.float(), train.labels[index], label_smoothing=recipe["label_smoothing"])
         optimizer.zero_grad()
         loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = cycle["learning_rate"] * one_cycle(begin + step / steps / cycle["epochs"])
-            group["weight_decay"] = cycle["weight_decay"]
+        lr = cycle["learning_rate"] * one_cycle(begin + step / steps / cycle["epochs"])
+        optimizer.param_groups[0].update(lr=lr, weight_decay=cycle["weight_decay"])
         optimizer.step()
         losses.append(loss.item())
     return float(np.mean(losses))
@@ -231,11 +209,11 @@ def load_features(name: str | Path) -> FeatureNet:
     """The feature classifier of data set `name` from checkpoints/. Raises UserError."""
     if str(name) != Path(name).name and not Path(name).is_dir():
         raise UserError(f"there is no folder {name}")
-    path = checkpoint_path("features", name)
+    path, train = checkpoint_path("features", name), f"`python evaluate.py train-features {name}`"
     known = ", ".join(sorted(p.stem.removeprefix("features_") for p in CHECKPOINTS.glob("features_*.safetensors")))
     hint = (
-        f"`python evaluate.py train-features {name}` makes it where images have class labels; without, add --features "
-        f"cifar10 for photographs (there is a classifier of {known or 'no data set'})"
+        f"{train} makes it where images have class labels; without, add --features cifar10 for photographs "
+        f"(there is a classifier of {known or 'no data set'})"
     )
     weights, config = read_tensors(path, hint)
     try:
@@ -244,14 +222,11 @@ def load_features(name: str | Path) -> FeatureNet:
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} does not fit the network: {hint}") from error
     if (here := describe_folder(name)) != (there := config.get("folder")) and here:
-        raise UserError(
-            f"{path} is of another folder of that name ({there or 'unknown'}; here {here}): rename this one, or "
-            f"run `python evaluate.py train-features {name}`"
-        )
-    net = net.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        folders = f"{there or 'unknown'}; here {here}"
+        raise UserError(f"{path} is of another folder of that name ({folders}): rename this one, or run {train}")
     net.name, net.sha256 = Path(name).name, sha256(path)
     net.classes, net.test_accuracy = config["classes"], config["test_accuracy"]
-    return net
+    return net.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,10 +254,8 @@ def load_reference(
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """What `make_reference` made of data set `name` in the features of `net`, and its facts. Raises UserError.
 
-    Of the classifier's own data set it is in checkpoints/; of another one it is computed, which needs the images. These
-    are loaded at `image_size`, the samples' (None: the classifier's), and from there shrunk as samples are.
-
-    labelled: the samples have labels, so images beside the class folders are left out, as in a conditional training.
+    Of another data set than the classifier's it is computed from the images, which are loaded at the samples' size
+    (None: the classifier's) and shrunk as samples are; without images of no class where the samples are `labelled`.
     """
     if Path(name).name == net.name:
         path = checkpoint_path("reference", name)
@@ -308,7 +281,7 @@ def load_reference(
 
 
 def check_shape(net: FeatureNet, images: torch.Tensor) -> None:
-    there, here = (" x ".join(map(str, (*s[1:], s[0]))) for s in (tuple(images.shape[1:]), net.image_shape))
+    there, here = (" x ".join(map(str, (*shape[1:], shape[0]))) for shape in (images.shape[1:], net.image_shape))
     if there != here:
         raise UserError(f"the images are {there} (height x width x channels), the feature classifier expects {here}")
 

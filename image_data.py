@@ -9,22 +9,22 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import math
 import os
 import re
 import struct
-import tempfile
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils import ROOT, UserError, atomic_path, progress, say, to_model
@@ -32,7 +32,6 @@ from utils import ROOT, UserError, atomic_path, progress, say, to_model
 CACHE = ROOT / ".cache"  # decoded photographs; deleting it only costs the time to decode them again
 Image.MAX_IMAGE_PIXELS = 210_000_000  # phones make 200 megapixels; Pillow warns above this and refuses twice as many
 warnings.filterwarnings("ignore", module="PIL")  # of metadata that is damaged, which does not matter here
-HEIC = (".heic", ".heif", ".hif")
 NO_HEIC = "in HEIC, which needs `pip install pillow-heif`"
 SPLIT_NAMES = {"train": "train|training", "test": "test|testing", "validation": "val|valid|validation|dev|eval"}
 
@@ -124,72 +123,48 @@ class ImageData:
     flip: bool
     image_size: int
     crop: bool = False
-    left_out: dict[str, list[str]] = field(default_factory=dict)  # why files were left out, and their names
+    left_out: dict[str, str] = field(default_factory=dict)  # files and why they were left out
 
     def __len__(self) -> int:
         return len(self.images)
 
 
 def load_data(
-    name_or_path: str | Path,
-    split: str = "train",
-    image_size: int | None = None,
-    channels: int | None = None,
-    labels: bool = False,
+    name: str | Path, split="train", image_size: int | None = None, channels: int | None = None, labels: bool = False
 ) -> ImageData:
-    """Load a data set of the table DATASETS or a folder of one's own; never touches the network.
+    """Load a data set of the table DATASETS or a folder of one's own; never touches the network. Raises UserError.
 
-    A folder holds images in class folders (`<class>/*`) or directly, in folders for training and test (or validation)
-    or not; or torchvision's `cifar-10-batches-py`; or MNIST's IDX or parquet files. Without a test folder, a tenth of
-    the images (chosen by a hash of their names) is the test split. The train split of photographs that are large enough
-    is kept at 1.25 image_size, for `augment` to crop. The test split is never flipped nor cropped.
-
-    channels: 1 or 3; by default one's own images have 1 where all of them are grey.
+    A folder holds images, perhaps in class folders (`<class>/*`) and in folders for training and test (or validation);
+    or torchvision's `cifar-10-batches-py`; or MNIST's IDX or parquet files. Without a test folder, a tenth of the
+    images (chosen by a hash of their names) is the test split. Large photographs for training are kept at 1.25
+    image_size, for `augment` to crop. channels: 1 or 3; by default one's own images have 1 where all of them are grey.
     labels: whether they are needed. Then images beside the class folders are left out; otherwise every image below
-    counts, and there are labels only where each image has one. Raises UserError.
+    counts, and there are labels only where each image has one.
     """
-    name = str(name_or_path)
-    if split not in ("train", "test"):
-        raise UserError(f"unknown split {split!r}: it is train or test")
-    if image_size is not None and image_size < 1:
-        raise UserError(f"the image size must be 1 or more, not {image_size}")
-    if channels not in (None, 1, 3):
-        raise UserError(f"images have 1 channel (grey) or 3 (RGB), not {channels}")
-    row = DATASETS.get(name)
-    if row is not None:
+    title, name = name, str(name)
+    if name in DATASETS:
+        row = DATASETS[name]
         folder, image_size = _find(name, row), image_size or row.image_size
     else:
         folder = Path(name).expanduser().resolve()
         if not name or not folder.is_dir():
             raise UserError(f"no data called {name!r}: it is neither a folder nor one of {', '.join(DATASETS)}")
         name, row = folder.name, DataSet(folder.name, (), 0, channels=None, crop=True)
-    found = read_mnist_files(folder, split)
-    if found is not None:
-        data = _mnist_data(*found, name, image_size)
-    elif (folder / "cifar-10-batches-py").is_dir() or folder.name == "cifar-10-batches-py":
-        data = _load_cifar_batches(folder, split, image_size or 32, name)
+    arrays = _read_mnist(folder, split, name) or _read_cifar_batches(folder, split)
+    if arrays:
+        x, size = torch.from_numpy(arrays[0]).contiguous(), image_size or arrays[0].shape[-1]
+        if (x.shape[-1], size) == (28, 32):
+            x = torch.nn.functional.pad(x, (2, 2, 2, 2))  # the background is black: no pixel needs to be resampled
+        elif x.shape[-1] != size:
+            x = resize(x, size)
+        flip = split == "train" and x.shape[1] == 3  # digits and shoes are not mirrored
+        data = ImageData(x, torch.from_numpy(arrays[1]).long(), arrays[2], name, flip, size)
     else:
         data = _load_folder(folder, split, image_size, name, row, labels)
     if labels and data.labels is None:
-        raise UserError(f"{name_or_path} has no labels, which a conditional model needs: use class folders")
+        raise UserError(f"{title} has no labels, which a conditional model needs: use class folders")
     data.images = with_channels(data.images, channels or row.channels)
     return data
-
-
-def describe(train: ImageData, test: ImageData | None, labels: bool) -> str:
-    """What was read (its classes, too, where labels are used), and in a line below what was left out and why."""
-    size, kind = train.image_size, "grey" if train.images.shape[1] == 1 else "RGB"
-    line = f"data: {len(train):,} images for training, {len(test) if test else 0:,} held out; {size} x {size} {kind}"
-    if labels and train.labels is not None:
-        count = "1 class" if len(train.classes) == 1 else f"{len(train.classes)} classes"
-        line += f"; {count}: {', '.join(train.classes)}"
-    splits = [data.left_out for data in (train, test) if data]
-    left_out = {reason: sorted({name for x in splits for name in x.get(reason, [])}) for x in splits for reason in x}
-    return line + (f"\nleft out: {_count(left_out)}" if left_out else "")
-
-
-def _count(left_out: dict[str, list[str]]) -> str:
-    return "; ".join(f"{len(names):,} {reason}, such as {names[0]}" for reason, names in left_out.items())
 
 
 def _find(name: str, row: DataSet) -> Path:
@@ -204,190 +179,141 @@ def _find(name: str, row: DataSet) -> Path:
     raise UserError(f"{row.title} is not there: run {fetch} (or give it an archive you have with --from)")
 
 
-def _mnist_data(images: np.ndarray, labels: np.ndarray, name: str, image_size: int | None) -> ImageData:
-    x, size = torch.from_numpy(images)[:, None], image_size or 28
-    if size == 32:
-        x = torch.nn.functional.pad(x, (2, 2, 2, 2))  # the background is black: no pixel needs to be resampled
-    elif size != 28:
-        x = resize(x, size)
+def describe(train: ImageData, test: ImageData | None, labels: bool) -> str:
+    """What was read, its classes too where labels are used, and in a line below what was left out and why."""
+    size, kind = train.image_size, "grey" if train.images.shape[1] == 1 else "RGB"
+    line = f"data: {len(train):,} images for training, {len(test) if test else 0:,} held out; {size} x {size} {kind}"
+    if labels and train.labels is not None:
+        count = "1 class" if len(train.classes) == 1 else f"{len(train.classes)} classes"
+        line += f"; {count}: {', '.join(train.classes)}"
+    left_out = train.left_out | (test.left_out if test else {})
+    return line + (f"\nleft out: {_count(left_out)}" if left_out else "")
+
+
+def _count(left_out: Mapping[str, str]) -> str:
+    """In words, of files' names and why they are left out: how many for each reason, and one of them."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{len(some):,} {reason}, such as {min(some)}" for reason, some in names.items())
+
+
+# --- MNIST's and CIFAR-10's own files -----------------------------------------------------------------------------
+
+Arrays = tuple[np.ndarray, np.ndarray, list[str]]  # images (uint8, N x C x H x W), labels (N), classes
+
+
+def _read_mnist(folder: Path, split: str, name: str) -> Arrays | None:
+    """From IDX files (gzipped or not) or parquet files; None where the folder has neither."""
+    prefix = {"train": "train", "test": "t10k"}[split]
+    if any(folder.glob(f"{split}*.parquet")):
+        x_path = y_path = folder / f"{split}*.parquet"
+        images, labels = _read_parquet(x_path)
+    elif any(folder.glob("*-idx[13]-ubyte*")):
+        x_path, y_path = folder / f"{prefix}-images-idx3-ubyte", folder / f"{prefix}-labels-idx1-ubyte"
+        images, labels = _read_idx(x_path), _read_idx(y_path)
+    elif any(folder.glob("t*.parquet")):
+        raise UserError(f"{folder / split}*.parquet is missing")
+    else:
+        return None
+    if not len(images) or images.shape[1:] != (28, 28):
+        raise UserError(f"{x_path} should hold images of 28 x 28 and has the shape {images.shape}")
+    if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() > 9:
+        raise UserError(f"{y_path} should hold a label within 0..9 for each of {len(images):,} images")
     plain = name.lower().replace("-", "_")  # a folder called after a data set holds its classes
     known = [row.classes for key, row in DATASETS.items() if row.classes and plain.startswith(key)]
-    classes = list(known[0]) if known else [str(i) for i in range(10)]  # MNIST's digits
-    return ImageData(x, torch.from_numpy(labels), classes, name, flip=False, image_size=size)  # digits are not mirrored
+    return images[:, None], labels, list(known[0]) if known else [str(i) for i in range(10)]  # MNIST's digits
 
 
-def read_mnist_files(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Images (uint8, N x 28 x 28) and labels (int64, N) from a folder's IDX files (gzipped or not) or parquet files.
-
-    None where it has neither. Raises UserError, naming the file, where one is missing or damaged.
-    """
-    prefix = "train" if split == "train" else "t10k"
-    parquet = sorted(folder.glob(f"{split}*.parquet"))
-    if parquet:
-        return _read_parquet(parquet)
-    if not any(folder.glob("*-idx[13]-ubyte*")):
-        if any(folder.glob("t*.parquet")):
-            raise UserError(f"{folder / split}*.parquet is missing")
-        return None
-    paths = []
-    for stem in (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"):
-        found = [path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()]
-        if not found:
-            raise UserError(f"{folder / stem}[.gz] is missing")
-        paths.append(found[0])
-    return _check_mnist(_read_idx(paths[0], 3), _read_idx(paths[1], 1), *paths)
-
-
-def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of bytes: 0, 0, 8 (unsigned byte), the number of dimensions, each as big-endian int32, the data."""
+def _read_idx(path: Path) -> np.ndarray:
+    """A file of bytes, perhaps gzipped: 0, 0, 8 (unsigned byte), the number of dimensions, each as >i4, the data."""
+    zipped = path.with_name(f"{path.name}.gz")
+    if not path.is_file() and not zipped.is_file():
+        raise UserError(f"{path}[.gz] is missing")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            content = file.read()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        content = path.read_bytes() if path.is_file() else gzip.decompress(zipped.read_bytes())
+        if content[:3] != bytes((0, 0, 8)):
+            raise ValueError("it does not begin as an IDX file of bytes")
+        shape = struct.unpack_from(f">{content[3]}I", content, 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy()
+    except (EOFError, IndexError, ValueError, struct.error, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged or ends early: {error}") from error
-    header = 4 + 4 * dimensions
-    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < header:
-        raise UserError(f"{path} is not an IDX file of bytes in {dimensions} dimensions")
-    shape = struct.unpack(f">{dimensions}I", content[4:header])
-    if len(content) - header != math.prod(shape):
-        raise UserError(f"{path} should hold {math.prod(shape):,} bytes of data and holds {len(content) - header:,}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
-def _read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    import datasets  # takes seconds: only where it is needed
+def _read_parquet(pattern: Path) -> tuple[np.ndarray, np.ndarray]:
+    from pyarrow import parquet  # which `datasets` brings along
 
-    images, labels = [], []
     try:
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is in the error
-        with tempfile.TemporaryDirectory() as cache:  # nothing is left in, or taken from, the user's cache
-            table = datasets.Dataset.from_parquet([str(path) for path in paths], cache_dir=cache, keep_in_memory=True)
-            for row in table.cast_column("image", datasets.Image()):
-                images.append(np.asarray(row["image"].convert("L")))
-                labels.append(int(row["label"]))
-    except Exception as error:  # pyarrow, datasets and PIL each raise their own
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UserError(f"{paths[0]} is not a readable parquet file of images and labels: {reason[0]}") from error
-    finally:
-        datasets.enable_progress_bars()
-    if len({image.shape for image in images}) != 1:
-        raise UserError(f"{paths[0]} has no image, or images of different sizes")
-    return _check_mnist(np.stack(images), np.array(labels), paths[0], paths[0])
+        table = parquet.read_table([str(path) for path in sorted(pattern.parent.glob(pattern.name))])
+        files = (io.BytesIO(cell["bytes"]) for cell in table["image"].to_pylist())
+        images = np.stack([np.asarray(Image.open(file).convert("L")) for file in files])
+        return images, np.array(table["label"].to_pylist())
+    except Exception as error:  # pyarrow and PIL each raise their own
+        raise UserError(f"{pattern} has no readable images and labels: {error}") from error
 
 
-def _check_mnist(images: np.ndarray, labels: np.ndarray, images_path, labels_path) -> tuple[np.ndarray, np.ndarray]:
-    if images.shape[1:] != (28, 28) or len(images) == 0:
-        raise UserError(f"{images_path} should hold images of 28 x 28 and has the shape {images.shape}")
-    if len(labels) != len(images):
-        raise UserError(f"{labels_path} has {len(labels):,} labels for {len(images):,} images")
-    if labels.min() < 0 or labels.max() > 9:
-        raise UserError(f"{labels_path} has labels outside 0..9")
-    return images, labels.astype(np.int64)
+def _read_cifar_batches(folder: Path, split: str) -> Arrays | None:
+    parent = folder.parent if folder.name == "cifar-10-batches-py" else folder
+    if not (parent / "cifar-10-batches-py").is_dir():
+        return None
+    try:  # these files are pickles: torchvision compares their MD5 with the published ones before it reads them
+        batches = torchvision.datasets.CIFAR10(parent, train=split == "train", download=False)
+    except RuntimeError as error:
+        raise UserError(f"{parent}/cifar-10-batches-py has a missing or damaged file: download it again") from error
+    return batches.data.transpose(0, 3, 1, 2), np.array(batches.targets), batches.classes
+
+
+# --- folders of images --------------------------------------------------------------------------------------------
 
 
 def _load_folder(root: Path, split: str, image_size: int | None, name: str, row: DataSet, labels: bool) -> ImageData:
-    left_out: dict[str, list[str]] = {}
-    listings = _list_splits(root, labels, left_out)
-    files, labels_of, classes = listings[split]
-    if not files:
-        count = len(listings["train"].files)
-        raise UserError(f"{root} has too few images ({count}) to hold out a tenth of them as the test split")
-    size, large = image_size or row.image_size, False
-    if row.crop:  # photographs of any size
-        size, large = _judge_size(root, listings["train"].files + listings["test"].files, image_size)
-
-    def read(part: str) -> tuple[np.ndarray, np.ndarray]:
-        side = round(1.25 * size) if large and part == "train" else size
-        return _load_images(root, listings[part].files, side)
-
-    kept, images = read(split)
-    _sort_by_reason(root, [files[i] for i in sorted(set(range(len(files))) - set(kept.tolist()))], left_out)
-    y = np.array(labels_of)[kept]
-    empty = sorted(set(labels_of) - set(y.tolist()))
-    if not len(y) or (labels and empty):
-        of_class = f" of the class {classes[empty[0]]}" if classes and empty else ""
-        raise UserError(f"{root} has no readable image{of_class}")
-    other = "test" if split == "train" else "train"
-    grey = row.channels is None and is_grey(images) and (not listings[other].files or is_grey(read(other)[1]))
+    listings, left_out = _list_splits(root, labels)
+    files = {part: list(itertools.chain(*groups.values())) for part, groups in listings.items()}
+    every = files["train"] + files["test"]
+    if not files[split]:
+        raise UserError(f"{root} has too few images ({len(every)}) to hold out a tenth of them as the test split")
+    size, large = _judge_size(root, every, image_size) if row.crop else (image_size or row.image_size, False)
+    sides = {"train": round(1.25 * size) if large else size, "test": size}
+    images, reasons = _load_images(root, files[split], sides[split])
+    left_out |= {file: reason for file, reason in zip(files[split], reasons) if reason}
+    names = {_below(root, file): reason for file, reason in left_out.items()}
+    same = listings["train"].keys() == listings["test"].keys()
+    classes = list(listings[split]) if same and "" not in listings[split] else []
+    unreadable = [name for name, group in listings[split].items() if group and all(file in left_out for file in group)]
+    if not len(images) or (labels and unreadable):
+        of_class = f" of the class {unreadable[0]}" if classes else ""
+        raise UserError(f"{root} has no readable image{of_class}: {_count(names)}")
+    grey = row.channels is None and is_grey(images)
+    for part in files if grey else ():  # both splits have the same channels, whichever one the colour is in
+        grey = grey and (not files[part] or is_grey(_load_images(root, files[part], sides[part])[0]))
     if grey:
         images = images[:, :1]
         say(f"{root}: all images are grey, so they have one channel and are not mirrored (see --channels and --flip)")
-    labelled, training = torch.from_numpy(y) if classes else None, split == "train"
-    flip = training and row.flip and not grey
-    return ImageData(torch.from_numpy(images), labelled, classes, name, flip, size, training and large, left_out)
-
-
-def _list_splits(root: Path, labels: bool, left_out: dict[str, list[str]]) -> dict[str, "Listing"]:
-    """The images of both splits. Raises UserError where there is none, or where classes that are needed differ."""
-    folder, test_folder, unused = split_folders(root)
-    train, test = list_images(folder, labels, left_out), None
-    if test_folder is not None:
-        test = list_images(test_folder, labels, left_out)
-        if labels and not test.classes:
-            say(f"{test_folder} has no class folders: a tenth of {folder} is held out instead")
-            unused, test = [*unused, test_folder], None
-        elif test.classes != train.classes:
-            if labels:
-                there, here = ", ".join(test.classes), ", ".join(train.classes)
-                raise UserError(
-                    f"{test_folder} has the classes {there}, {folder} has {here}: "
-                    "labels are numbers in the order of the names, so both must have the same"
-                )
-            train, test = train._replace(classes=[]), test._replace(classes=[])
-    for other in unused:
-        names = [_below(root, file) for file in _files_below(other) if is_image(file)]
-        left_out.setdefault("in folders that are neither trained on nor held out", []).extend(names)
-    if test is None:
-        order = sorted(range(len(train.files)), key=lambda i: zlib.crc32(os.fsencode(_below(folder, train.files[i]))))
-        tenth = len(order) // 10
-        train, test = train.select(sorted(order[tenth:])), train.select(sorted(order[:tenth]))
-    return {"train": train, "test": test}
+    y = [label for label, group in enumerate(listings[split].values()) for file in group if file not in left_out]
+    flip, crop = split == "train" and row.flip and not grey, split == "train" and large
+    x, labelled = torch.from_numpy(images), torch.tensor(y) if classes else None
+    return ImageData(x, labelled, classes, name, flip, size, crop, names)
 
 
 def _judge_size(root: Path, files: list[Path], image_size: int | None) -> tuple[int, bool]:
-    """The size for photographs of many sizes, by default at most 64, and whether they are large enough for crops.
-
-    A few small ones among them do not decide: three quarters are at least as large.
-    """
-    files = files[:: math.ceil(len(files) / 10_000)]
-    sides = _read_all(root, files, shorter_side, np.dtype("<i4"), "reading sizes")
-    if not len(sides):
-        raise UserError(f"{root} has no readable image: {_count({why_unreadable(files[0]): [files[0].name]})}")
-    usual = int(np.sort(sides["value"])[len(sides) // 4])
+    """The size for photographs of many sizes (three quarters are at least as large), and whether to crop them."""
+    sides = {}
+    for file in progress(files[:: math.ceil(len(files) / 10_000)], desc="reading sizes", unit="image"):
+        with contextlib.suppress(Exception), Image.open(file) as image:  # what cannot be read is named later
+            sides[file] = min(image.size)
+    usual = sorted(sides.values())[len(sides) // 4] if sides else 64
     size = image_size or min(64, usual)
-    small = sides[sides["value"] < size]
-    if len(small):
-        example = f"{_below(root, files[small['file'][0]])}, whose shorter side has {small['value'][0]} pixels"
+    small = [file for file, side in sides.items() if side < size]
+    if small:
+        example = f"{_below(root, small[0])}, whose shorter side has {sides[small[0]]} pixels"
         count = f"{len(small):,} of {len(sides):,}"
         say(f"{root}: {count} images are smaller than {size} and are enlarged, such as {example}")
     return size, usual >= round(1.25 * size)  # enlarging images only to crop them would blur them
 
 
-def _load_cifar_batches(root: Path, split: str, image_size: int, name: str) -> ImageData:
-    import torchvision
-
-    parent = root.parent if root.name == "cifar-10-batches-py" else root
-    try:  # these files are pickles: torchvision compares their MD5 with the published ones before it reads them
-        batches = torchvision.datasets.CIFAR10(parent, train=split == "train", download=False)
-    except RuntimeError as error:
-        raise UserError(f"{parent}/cifar-10-batches-py has a missing or damaged file: download it again") from error
-    x = torch.from_numpy(batches.data).permute(0, 3, 1, 2)
-    if image_size != 32:
-        x = resize(x, image_size)
-    return ImageData(x.contiguous(), torch.tensor(batches.targets), batches.classes, name, split == "train", image_size)
-
-
 # --- which files --------------------------------------------------------------------------------------------------
 
-
-class Listing(NamedTuple):
-    files: list[Path]
-    labels: list[int]  # indices into classes; 0 where there are none
-    classes: list[str]
-
-    def select(self, index: list[int]) -> "Listing":
-        return Listing([self.files[i] for i in index], [self.labels[i] for i in index], self.classes)
+Groups = dict[str, list[Path]]  # the images below a folder by the folder in it that holds them, "" those in it itself
 
 
 def visible(names: Iterable[str]) -> list[str]:
@@ -400,10 +326,6 @@ def by_number(name: str) -> list:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
-def subfolders(folder: Path) -> list[Path]:
-    return [folder / name for name in sorted(visible(os.listdir(folder)), key=by_number) if (folder / name).is_dir()]
-
-
 @functools.cache
 def image_suffixes() -> set[str]:
     """Of all that Pillow reads; with pillow-heif that is HEIC, too."""
@@ -411,8 +333,8 @@ def image_suffixes() -> set[str]:
         import pillow_heif  # type: ignore[import-not-found]
 
         pillow_heif.register_heif_opener()
-    kinds = Image.registered_extensions().items()
     no_pictures = ("BUFR", "GRIB", "HDF5", "MPEG")
+    kinds = Image.registered_extensions().items()
     return {suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in no_pictures}
 
 
@@ -422,33 +344,64 @@ def is_image(file: Path) -> bool:
         return True
     with contextlib.suppress(OSError), open(file, "rb") as stream:
         start = stream.read(12)
-        return start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")) or start[::8] + start[8:] == b"RWWEBP"
+        webp = start[:4] == b"RIFF" and start[8:] == b"WEBP"
+        return webp or start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8"))
     return False
 
 
-def split_folders(root: Path) -> tuple[Path, Path | None, list[Path]]:
-    """The folder of training images, the one that is held out (None: a part of the first), and those of neither."""
-    folder = _open(root)
-    own, below = _contents(folder)
-    kinds: dict[str, list[Path]] = {"train": [], "test": [], "validation": [], "": []}
-    for entry in below:
-        kinds[_split_of(entry.name)].append(entry)
-    held_out, others = kinds["test"] + kinds["validation"], kinds[""]
-    if not kinds["train"]:
-        return folder, None, []
-    train = kinds["train"][0]
-    flat = _contents(_open(train))[0]
-    if flat and not held_out and (others or own):
-        return folder, None, []  # trains among other vehicles, or an album beside images
-    if len(kinds["train"]) > 1 or (others and flat == bool(held_out)):
-        names = ", ".join(entry.name for entry in below)
+def is_run(names: Iterable[str]) -> bool:
+    """Whether files of these names make a training run's folder, which a user may have put among the images."""
+    return "model.safetensors" in names or ".lock" in names or bool(fnmatch.filter(names, "state_*.pt"))
+
+
+def files_below(folder: Path, top: bool = True) -> Iterator[Path]:
+    """All files in a folder and its folders but hidden ones and runs', always in the same order."""
+    entries = {entry.name: entry.is_dir() for entry in os.scandir(folder)}
+    if is_run(entries) and not top:
+        return
+    yield from (folder / name for name in visible(entries) if not entries[name])
+    for name in visible(entries):
+        if entries[name] and not folder.resolve().is_relative_to((folder / name).resolve()):  # no link upwards
+            yield from files_below(folder / name, top=False)
+
+
+def by_folder(folder: Path, images: list[Path]) -> Groups:
+    groups: Groups = {}
+    for image in images:
+        name, _, inside = _below(folder, image).partition(os.sep)
+        groups.setdefault(name if inside else "", []).append(image)
+    return {name: groups[name] for name in sorted(groups, key=by_number)}
+
+
+def _open(folder: Path, images: list[Path]) -> tuple[Path, Groups]:
+    """Past the folders that hold nothing but one folder of folders, as archives have around the data."""
+    groups = by_folder(folder, images)
+    name = next(iter(groups), "")
+    if len(groups) == 1 and name and "" not in by_folder(folder / name, images):
+        return _open(folder / name, images)
+    return folder, groups
+
+
+def split_folders(root: Path) -> tuple[dict[Path, Groups], list[Path]]:
+    """The folder of training images and, if it is apart, the one of those held out; then the images of neither."""
+    folder, groups = _open(root, [file for file in files_below(root) if is_image(file)])
+    kinds: dict[str, list[str]] = {"train": [], "test": [], "validation": [], "": []}
+    for name in filter(None, groups):
+        kinds[_split_of(name)].append(name)
+    train, held_out, others = kinds["train"], kinds["test"] + kinds["validation"], kinds[""]
+    flat = bool(train) and "" in _open(folder / train[0], groups[train[0]])[1]
+    if not train or (flat and not held_out and (others or "" in groups)):
+        return {folder: groups}, []  # perhaps trains among other vehicles, or an album beside images
+    if len(train) > 1 or (others and flat == bool(held_out)):
         raise UserError(
-            f"{folder} can be read in two ways: {train.name}/ as the training images and the rest as other folders, or "
-            f"all as the classes {names}: rename {train.name}/, or move what does not belong to the data out of it"
+            f"{folder} can be read in two ways: {train[0]}/ as the training images and the rest as other folders, or "
+            f"all as the classes {', '.join(filter(None, groups))}: rename {train[0]}/, or move what does not belong "
+            "to the data out of it"
         )
-    if held_out and held_out[0].name.lower() != "test":
-        say(f"{folder}: {held_out[0].name}/ is held out")
-    return _open(train), _open(held_out[0]) if held_out else None, held_out[1:] + others
+    if held_out and held_out[0].lower() != "test":
+        say(f"{folder}: {held_out[0]}/ is held out")
+    unused = [file for name in held_out[1:] + others for file in groups[name]]
+    return dict(_open(folder / name, groups[name]) for name in train + held_out[:1]), unused
 
 
 def _split_of(name: str) -> str:
@@ -459,100 +412,73 @@ def _split_of(name: str) -> str:
     return ""
 
 
-def _contents(folder: Path) -> tuple[bool, list[Path]]:
-    """Whether images lie in a folder itself, and which of its folders have some."""
-    own = any(is_image(folder / name) for name in visible(os.listdir(folder)) if not (folder / name).is_dir())
-    return own, [entry for entry in subfolders(folder) if any(map(is_image, _files_below(entry)))]
+def _checked(folder: Path, groups: Groups, labels: bool) -> Groups:
+    """The groups of a folder, without images of no class where labels are needed and these are few.
 
-
-def _open(folder: Path) -> Path:
-    """Past the folders that hold nothing but one folder of folders, as archives have around the data."""
-    own, below = _contents(folder)
-    if own or len(below) != 1 or _contents(below[0])[0]:
-        return folder
-    return _open(below[0])
-
-
-def list_images(folder: Path, labels: bool = True, left_out: dict[str, list[str]] | None = None) -> Listing:
-    """The images of a folder of class folders, or of any other folder; `left_out` is told of other files.
-
-    labels: whether they are needed; see `load_data`. Raises UserError for an empty class or folder.
+    Raises UserError where they are many, where a class is empty, and where there is no image at all.
     """
-    left_out = {} if left_out is None else left_out
-
-    def sort_out(files: list[Path]) -> list[Path]:
-        images = []
-        for file in files:
-            if is_image(file):
-                images.append(file)
-            else:
-                reason = NO_HEIC if file.suffix.lower() in HEIC else "not an image"
-                left_out.setdefault(reason, []).append(_below(folder, file))
-        return images
-
-    own = sort_out([folder / name for name in visible(os.listdir(folder)) if not (folder / name).is_dir()])
-    classes = {}
-    for entry in subfolders(folder):
-        found = list(_files_below(entry))
-        if images := sort_out(found):
-            classes[entry.name] = images
-        elif labels and not found and not is_run(os.listdir(entry)):
+    for entry in (folder / name for name in visible(os.listdir(folder)) if labels):
+        if entry.is_dir() and not any(files_below(entry)) and not is_run(os.listdir(entry)):
             raise UserError(f"the class folder {entry} is empty: fill it or delete it")
-    if labels and classes and own:
-        inside = sum(map(len, classes.values()))
-        if len(own) > inside:
-            raise UserError(
-                f"{folder} has {len(own):,} images of no class beside {inside:,} in the class folders "
-                f"{', '.join(classes)}: move each into its class, or train without labels, which reads them all"
-            )
-        left_out.setdefault("beside the class folders", []).extend(_below(folder, file) for file in own)
-        own = []
-    files = own + [file for images in classes.values() for file in images]
-    if not files:
+    if not groups:
         raise UserError(f"{folder} has no image")
-    if own:
-        return Listing(files, [0] * len(files), [])
-    return Listing(files, [i for i, images in enumerate(classes.values()) for _ in images], list(classes))
+    classes = {name: files for name, files in groups.items() if name}
+    own, inside = len(groups.get("", [])), sum(map(len, classes.values()))
+    if labels and own > inside > 0:
+        raise UserError(
+            f"{folder} has {own:,} images of no class beside {inside:,} in the class folders {', '.join(classes)}: "
+            "move each into its class, or train without labels, which reads them all"
+        )
+    return classes if labels and classes else groups
 
 
-def is_run(names: list[str]) -> bool:
-    """Whether files of these names make a training run's folder, which a user may have put among the images."""
-    return "model.safetensors" in names or ".lock" in names or bool(fnmatch.filter(names, "state_*.pt"))
+def _list_splits(root: Path, labels: bool) -> tuple[dict[str, Groups], dict[Path, str]]:
+    """The images of both splits, and why other files are left out. Raises UserError where classes that count differ."""
+    found, unused = split_folders(root)
+    (folder, train), *apart = [(part, _checked(part, groups, labels)) for part, groups in found.items()]
+    if apart and labels and "" in apart[0][1]:
+        say(f"{apart[0][0]} has no class folders: a tenth of {folder} is held out instead")
+        unused, apart = unused + apart[0][1][""], []
+    if apart:
+        test_folder, test = apart[0]
+        if labels and list(test) != list(train):
+            raise UserError(
+                f"{test_folder} has the classes {', '.join(test)}, {folder} has {', '.join(train)}: "
+                "labels are numbers in the order of the names, so both must have the same"
+            )
+    else:
+        files = sorted(itertools.chain(*train.values()), key=lambda file: zlib.crc32(os.fsencode(_below(folder, file))))
+        tenth = set(files[: len(files) // 10])
+        test = {name: [file for file in group if file in tenth] for name, group in train.items()}
+        train = {name: [file for file in group if file not in tenth] for name, group in train.items()}
+    used = set(itertools.chain(*train.values(), *test.values(), unused))
+    left_out = {file: _why_left_out(file) for part in found for file in files_below(part) if file not in used}
+    left_out |= dict.fromkeys(unused, "in folders that are neither trained on nor held out")
+    return {"train": train, "test": test}, left_out
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and its folders but hidden ones and runs', always in the same order."""
-
-    def refuse(error):
-        raise error
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        if is_run(names):
-            folders[:] = names[:] = []
-        folders[:] = visible(folders)
-        yield from (Path(parent, name) for name in visible(names))
+def _why_left_out(file: Path) -> str:
+    if is_image(file):
+        return "beside the class folders"
+    return NO_HEIC if file.suffix.lower() in (".heic", ".heif", ".hif") else "not an image"
 
 
 def describe_folder(name_or_path: str | Path) -> str | None:
-    """What tells a folder of one's own from others of its name, wherever it lies: its images' number and a hash.
+    """What tells a folder of one's own from others of its name: its images' number and a hash of their names and sizes.
 
-    The hash is of their names and sizes. None for built-in data.
+    Of all files where it holds the data in other formats; None for built-in data.
     """
     folder = Path(name_or_path).expanduser().resolve()
     if str(name_or_path) in DATASETS or not folder.is_dir():
         return None
-    facts = [name + f"\0{status.st_size}\n".encode() for name, status in _file_facts(folder, _data_files(folder))]
-    return f"{len(facts)} files, {hashlib.sha256(b''.join(facts)).hexdigest()[:16]}"
-
-
-def _data_files(folder: Path) -> list[Path]:
-    """The images of both splits; all files of a folder that holds the data in other formats."""
-    parts = [part for part in split_folders(folder)[:2] if part and any(_contents(part))]
-    return [file for part in parts for file in list_images(part, False).files] or list(_files_below(folder))
+    images = [file for groups in split_folders(folder)[0].values() for file in itertools.chain(*groups.values())]
+    facts = _file_facts(folder, images or files_below(folder))
+    lines = [name + f"\0{status.st_size}\n".encode() for name, status in facts]
+    return f"{len(lines)} files, {hashlib.sha256(b''.join(lines)).hexdigest()[:16]}"
 
 
 def _file_facts(folder: Path, files: Iterable[Path]) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Each file's path below the folder, and its size and times. A link to nowhere has none, and is passed over."""
+    """Each file's path below the folder, and its size and times, which a link to nowhere does not have."""
     for file in files:
         with contextlib.suppress(OSError):
             yield os.fsencode(_below(folder, file)), file.stat()
@@ -566,6 +492,46 @@ def _below(folder: Path, file: Path) -> str:
 # --- from files to pixels -----------------------------------------------------------------------------------------
 
 one_at_a_time = threading.Lock()  # for images that need gigabytes
+
+
+def decode_image(path: Path, side: int) -> np.ndarray | str:
+    """The centre square of an image file, antialiased to uint8 side x side x 3; or in a few words why there is none."""
+    try:
+        return _decode(path, side)
+    except MemoryError:
+        raise
+    except UserError as error:
+        return str(error)
+    except Image.DecompressionBombError:
+        return "larger than 420 megapixels"
+    except Exception as error:  # a damaged image makes PIL raise OSError, SyntaxError, ValueError, struct.error, ...
+        if isinstance(error, OSError) and error.strerror:
+            return f"not readable ({error.strerror})"
+        start = path.read_bytes()[:12]
+        if start[4:8] == b"ftyp" and ".heic" not in image_suffixes():
+            return NO_HEIC
+        if isinstance(error, UnidentifiedImageError):
+            return "in no format that Pillow can open" if start else "empty"
+        return "cut off" if "truncated" in str(error).lower() else "damaged"
+
+
+def _decode(path: Path, side: int) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
+            with one_at_a_time if math.prod(image.size) > 50_000_000 else contextlib.nullcontext():
+                upright: Image.Image = image
+                with contextlib.suppress(Exception):  # the camera's notes may be damaged
+                    upright = ImageOps.exif_transpose(image)
+                rgb = to_rgb(upright, image.format)
+    except (SyntaxError, ValueError, UnidentifiedImageError) as error:
+        # Pillow refuses a PNG or JPEG for some damages of its metadata: torchvision reads the pixels only, all or none
+        try:
+            pixels = torchvision.io.decode_image(str(path), "RGB")
+        except RuntimeError:
+            raise error
+        rgb = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return np.asarray(ImageOps.fit(rgb, (side, side), Image.Resampling.BILINEAR))
 
 
 def to_rgb(image: Image.Image, format: str | None = None) -> Image.Image:
@@ -592,136 +558,39 @@ def to_8_bits(x: np.ndarray, format: str | None) -> np.ndarray:
     raise UserError("with numbers in an unusual range")
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as the camera noted it, or as it is where its notes cannot be read."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # pixels that cannot be read are an error a moment later
-        return image
+def _load_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarray, list[str]]:
+    """The readable files' pixels (uint8, N x 3 x side x side), and for every file why it is not readable, or "".
 
-
-def _decode(path: Path, side: int) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
-            with one_at_a_time if math.prod(image.size) > 50_000_000 else contextlib.nullcontext():
-                rgb = to_rgb(upright(image), image.format)
-    except (SyntaxError, ValueError, UnidentifiedImageError):
-        # Pillow refuses a PNG or JPEG for some damages of its metadata: torchvision reads the pixels only, all or none
-        import torchvision
-
-        try:
-            pixels = torchvision.io.decode_image(torchvision.io.read_file(str(path)), "RGB")
-        except RuntimeError:
-            pixels = None
-        if pixels is None:
-            raise
-        rgb = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    return np.asarray(ImageOps.fit(rgb, (side, side), Image.Resampling.BILINEAR))
-
-
-def decode_image(path: Path, side: int) -> np.ndarray | None:
-    """The centre square of an image file, antialiased to uint8 side x side x 3; None where it cannot be decoded."""
-    try:
-        return _decode(path, side)
-    except MemoryError:
-        raise
-    except Exception:  # a damaged image makes PIL raise OSError, SyntaxError, ValueError, struct.error, ...
-        return None
-
-
-def why_unreadable(path: Path) -> str:
-    """In a few words, why `decode_image` gives nothing."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(12)
-        if not start:
-            return "empty"
-        if start[4:8] == b"ftyp" and ".heic" not in image_suffixes():
-            return NO_HEIC
-        _decode(path, 8)
-    except UserError as error:
-        return str(error)
-    except UnidentifiedImageError:
-        return "in no format that Pillow can open"
-    except Image.DecompressionBombError:
-        return "larger than 420 megapixels"
-    except Exception as error:
-        if isinstance(error, OSError) and error.strerror:
-            return f"not readable ({error.strerror})"
-        return "cut off" if "truncated" in str(error).lower() else "damaged"
-    return "damaged"
-
-
-def shorter_side(path: Path) -> np.ndarray | None:
-    with contextlib.suppress(Exception), Image.open(path) as image:
-        return np.array(min(image.size), "<i4")
-    return None
-
-
-@contextlib.contextmanager
-def in_threads(read: Callable, files: list[Path], description: str) -> Iterator[Iterable[np.ndarray | None]]:
-    """`read` of every file, in order, in several threads (PIL decodes outside of Python's lock), with a bar."""
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        yield progress(pool.map(read, files), total=len(files), desc=description, unit="image")
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all the others
-
-
-def decode_images(files: list[Path], side: int, description: str):
-    """`decode_image` of every file, as `in_threads`."""
-    return in_threads(lambda file: decode_image(file, side), files, description)
-
-
-def _load_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the files (their indices) are readable images, and their pixels, uint8 N x 3 x side x side."""
-    value = np.dtype(("u1", (side, side, 3)))
-    records = _read_all(folder, files, lambda file: decode_image(file, side), value, f"decoding {folder.name}")
-    return records["file"].copy(), records["value"].transpose(0, 3, 1, 2)
-
-
-def _read_all(folder: Path, files: list[Path], read: Callable, value: np.dtype, description: str) -> np.ndarray:
-    """`read` each file once: the results are kept, memory-mapped, under CACHE.
-
-    A record has a file's index and its value; a file of which `read` gives None has none.
+    Each is decoded once: the results are kept, memory-mapped, under CACHE.
     """
-    record = np.dtype([("file", "<i8"), ("value", value)])
-    key = hashlib.sha256(os.fsencode(folder) + f"\0{value}\0{'.heic' in image_suffixes()}\n".encode())
-    for name, status in _file_facts(folder, files):
-        key.update(name + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    cache = CACHE / f"{key.hexdigest()[:32]}.bin"
+    record = np.dtype([("reason", "S100"), ("pixels", "u1", (side, side, 3))])
+    facts = [(name, status.st_size, status.st_mtime_ns) for name, status in _file_facts(folder, files)]
+    key = repr((os.fsencode(folder), side, ".heic" in image_suffixes(), facts))
+    cache = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
 
     def write(stream) -> None:
-        with in_threads(read, files, description) as values:
-            for i, x in enumerate(values):
-                if x is not None:
-                    stream.write(np.int64(i).astype("<i8").tobytes() + x.tobytes())
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # PIL decodes outside of Python's lock
+        try:
+            results = pool.map(lambda file: decode_image(file, side), files)
+            for x in progress(results, total=len(files), desc=f"decoding {folder.name}", unit="image"):
+                row = (x.encode(), 0) if isinstance(x, str) else (b"", x)
+                stream.write(np.array(row, record).tobytes())
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all the others
 
     try:
         if not cache.exists():
             with atomic_path(cache) as temporary, open(temporary, "wb") as stream:
                 write(stream)
-        # "c": writes stay private; PyTorch warns about read-only arrays
-        return np.memmap(cache, record, "c") if cache.stat().st_size else np.empty(0, record)
+        records: np.ndarray = np.memmap(cache, record, "c")  # writes stay private
     except (UserError, OSError, ValueError) as error:
         say(f"the decoded images stay in memory: {error}")
         buffer = io.BytesIO()
         write(buffer)
-        return np.frombuffer(buffer.getbuffer(), record)
-
-
-def _sort_by_reason(folder: Path, files: list[Path], left_out: dict[str, list[str]]) -> dict[str, list[str]]:
-    """`left_out`, with these unreadable files added."""
-    for file in files:
-        left_out.setdefault(why_unreadable(file), []).append(_below(folder, file))
-    return left_out
-
-
-def say_left_out(folder: Path, files: list[Path], total: int) -> None:
-    """Say which files are no readable images, and why, if any."""
-    if files:
-        say(f"{folder}: left out {len(files)} of {total:,} files: {_count(_sort_by_reason(folder, files, {}))}")
+        records = np.frombuffer(buffer.getbuffer(), record)
+    reasons = [reason.decode(errors="replace") for reason in records["reason"]]
+    pixels = records["pixels"][[not reason for reason in reasons]] if any(reasons) else records["pixels"]
+    return pixels.transpose(0, 3, 1, 2), reasons
 
 
 def is_grey(images: np.ndarray) -> bool:
@@ -746,8 +615,7 @@ def with_channels(images: torch.Tensor, channels: int | None) -> torch.Tensor:
 def augment(data: ImageData, index, generator: torch.Generator | None = None) -> torch.Tensor:
     """The images at `index` as a batch for training: float, N x C x image_size x image_size, in [-1, 1].
 
-    Flips each image with probability 1/2 where data.flip, and cuts and resizes a random part of 80-100% of its area
-    where data.crop. Depends on the generator only; without one it flips nothing and shows each image whole.
+    Perhaps flipped where data.flip, and cropped where data.crop; without a generator each is shown as it is.
     """
     if data.crop and generator is not None:
         images = _random_crops(data, index, generator)
@@ -762,10 +630,7 @@ def augment(data: ImageData, index, generator: torch.Generator | None = None) ->
 
 
 def _random_crops(data: ImageData, index, generator: torch.Generator) -> torch.Tensor:
-    """A box of 80-100% of the area at any place in each image, resized to image_size.
-
-    The box is as wide or as high as still fits (torchvision's RandomResizedCrop draws again until it fits).
-    """
+    """A box of 80-100% of the area, as wide or as high as still fits, at any place in each image, resized."""
     index = torch.as_tensor(index)
     side = data.images.shape[-1]
     area, shape, top, left = torch.rand(4, len(index), generator=generator, device=generator.device)
@@ -774,12 +639,11 @@ def _random_crops(data: ImageData, index, generator: torch.Generator) -> torch.T
     top, left = (top * (side - height + 1)).floor(), (left * (side - width + 1)).floor()
     boxes = torch.stack([top, left, top + height, left + width], 1).int().tolist()
     # one by one, yet fast: PyTorch resizes uint8 images whose channels come last in vectorised integers
-    return torch.cat(
-        [
-            resize(data.images[i : i + 1, :, top:bottom, left:right], data.image_size)
-            for i, (top, left, bottom, right) in zip(index.tolist(), boxes)
-        ]
+    crops = (
+        data.images[i : i + 1, :, top:bottom, left:right]
+        for i, (top, left, bottom, right) in zip(index.tolist(), boxes)
     )
+    return torch.cat([resize(crop, data.image_size) for crop in crops])
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -14,10 +14,10 @@ import os
 import secrets
 import signal
 import sys
-import time
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+import timeit
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as imageio
 import numpy as np
@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PALETTE_PIXELS = 32768
 
 
 # --- errors and files ---------------------------------------------------------------------------------------------
@@ -90,10 +89,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     So `path` is at every moment either the old file or the whole new one. Raises UserError where it cannot be written.
     """
     path = Path(path)
-    if not path.name:
-        raise UserError(f"cannot write {path}: it is a folder")
     # cut, because a name may be as long as the file system permits
-    temporary = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}{path.suffix}")
+    temporary = path.parent / f".{path.stem[:40]}-{secrets.token_hex(4)}{path.suffix}"
     try:
         if path.exists() and not path.is_file():  # a rename would replace /dev/null
             raise UserError(f"cannot write {path}: it exists and is not a file")
@@ -101,8 +98,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        if temporary.stat().st_mode != mode:  # some libraries replace the file by one that only its owner may read
-            os.chmod(temporary, mode)
+        os.chmod(temporary, mode)  # some libraries replace the file by one that only its owner may read
         flush(temporary, os.O_RDWR)
         os.replace(temporary, path)
         flush(path.parent, os.O_RDONLY)  # so that the rename, too, survives a power cut
@@ -145,12 +141,8 @@ def sha256(path: str | Path) -> str:
 
 def check_writable(path: str | Path) -> None:
     """Raise UserError if `path` could not be written: better before the work than after it."""
-
-    class Probed(Exception):
-        pass
-
-    with contextlib.suppress(Probed), atomic_path(path):
-        raise Probed
+    with contextlib.suppress(EOFError), atomic_path(path):
+        raise EOFError  # any error but one in writing would do: nothing is kept
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -168,7 +160,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
 
     def parse(text: str):
         value = kind(text)
-        if (kind is float and not math.isfinite(value)) or not low <= value <= high or (above and value == low):
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
             bounds = f"more than {low}" if above else f"at least {low}"
             bounds += f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
@@ -216,12 +208,8 @@ def pick_precision(device):
         return "float32"
 
     def seconds(dtype):
-        a, best = torch.ones(256, 256, dtype=dtype), math.inf
-        for _ in range(4):
-            start = time.perf_counter()
-            a @ a
-            best = min(best, time.perf_counter() - start)
-        return best
+        a = torch.ones(256, 256, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ a, number=1, repeat=4))
 
     return "bfloat16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "float32"
 
@@ -252,17 +240,16 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     return x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
-# --- pictures and samples -----------------------------------------------------------------------------------------
+# --- pictures -----------------------------------------------------------------------------------------------------
 
 
 def image_grid(images, columns: int, padding: int = 2, scale: int = 1) -> np.ndarray:
     """Images (uint8, N x C x H x W, C = 1 or 3), row by row on white, enlarged `scale` times -> uint8, H x W x 3."""
-    images = np.asarray(images)
-    if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3) or images.dtype != np.uint8:
-        raise UserError(f"a grid needs uint8 images N x C x H x W with C = 1 or 3, not {images.dtype} {images.shape}")
-    if columns < 1 or scale < 1 or padding < 0:
-        raise UserError(f"a grid cannot have {columns} columns, scale {scale} and padding {padding}")
-    enlarged = torch.as_tensor(images).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    images = torch.as_tensor(images)
+    if images.ndim != 4 or images.numel() == 0 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
+        shape = tuple(images.shape)
+        raise UserError(f"a grid needs uint8 images N x C x H x W with C = 1 or 3, not {images.dtype} {shape}")
+    enlarged = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     grid = make_grid(enlarged, nrow=columns, padding=padding, pad_value=255)
     if len(images) == 1:  # to which torchvision gives no border
         grid = torch.nn.functional.pad(grid, 4 * (padding,), value=255)
@@ -271,8 +258,6 @@ def image_grid(images, columns: int, padding: int = 2, scale: int = 1) -> np.nda
 
 def save_grid(images, path: str | Path, columns: int, scale: int = 1) -> None:
     """Write `image_grid` as a picture; the format follows from the path's suffix."""
-    if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"cannot write {path}: a picture's name ends in .png or another picture format's suffix")
     grid = Image.fromarray(image_grid(images, columns, scale=scale))
     with atomic_path(path) as temporary:
         grid.save(temporary)
@@ -283,13 +268,8 @@ def save_gif(frames: list[np.ndarray], path: str | Path, fps: float = 20, hold: 
 
     256 greys are exact, and colours are reduced to a palette for each frame. The last frame stays `hold` s longer.
     """
-    frames = [np.asarray(frame) for frame in frames]
-    if not frames:
-        raise UserError(f"cannot write {path}: a GIF needs at least one frame")
-    if not 0 < fps <= 50:
-        raise UserError(f"a GIF shows more than 0 and at most 50 frames a second, not {fps}")
-    if any(f.dtype != np.uint8 or f.shape != frames[0].shape or f.ndim != 3 or f.shape[2] != 3 for f in frames):
-        raise UserError(f"cannot write {path}: frames must be uint8 H x W x 3 and all of one size")
+    if not frames or not 0 < fps <= 50:
+        raise UserError(f"cannot write {path}: a GIF needs at least one frame, and shows at most 50 a second")
     grey = all((frame == frame[:, :, :1]).all() for frame in frames)
     frames = [frame[:, :, 0] if grey else reduce_colours(frame) for frame in frames]
     durations = [round(1000 / fps)] * len(frames)
@@ -302,47 +282,30 @@ def save_gif(frames: list[np.ndarray], path: str | Path, fps: float = 20, hold: 
 def reduce_colours(frame: np.ndarray) -> np.ndarray:
     """The picture (uint8, H x W x 3) in the 256 colours that fit it best: itself where it has no more.
 
-    Pillow's default, the median cut, mixes rare saturated colours into common dull ones. Here the palette starts from
-    colours that cover the whole range and is then improved by k-means, which on all pixels of noise would be slow.
+    Pillow's default, the median cut, mixes rare saturated colours into common dull ones. Here the palette covers the
+    whole range and is improved by k-means, on a part of the pixels, since on all of them noise would take long.
     """
     picture, pixels = Image.fromarray(frame), frame.reshape(1, -1, 3)
     if picture.getcolors(256):
         return frame
-    sample = Image.fromarray(np.ascontiguousarray(pixels[:, :: math.ceil(pixels.shape[1] / PALETTE_PIXELS)]))
+    sample = Image.fromarray(np.ascontiguousarray(pixels[:, :: math.ceil(pixels.shape[1] / 32768)]))
     palette = sample.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=400)
     return np.asarray(picture.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB"))
 
 
-def save_samples(path: str | Path, images, labels=None, source: dict | None = None) -> None:
-    """Write an .npz of `images` (uint8, N x H x W x C) and, where given, `labels` (int64, N) and what made them.
-
-    A tensor of images is N x C x H x W as everywhere in this project, a numpy array N x H x W x C as in the file.
-    """
-    stream_samples(path, [images], _as_file(images).shape, labels, source)
+# --- samples ------------------------------------------------------------------------------------------------------
 
 
-def _as_file(images) -> np.ndarray:
-    if isinstance(images, torch.Tensor):
-        images = images.cpu().permute(0, 2, 3, 1).numpy()
-    return np.ascontiguousarray(images)
-
-
-def stream_samples(path: str | Path, batches: Iterable, shape: tuple, labels=None, source: dict | None = None) -> None:
-    """`save_samples` of N x H x W x C = `shape` images that come in batches: memory holds one of them at a time."""
-    small = {
-        "labels": None if labels is None else np.asarray(labels, dtype=np.int64),
-        "source": None if source is None else np.array(json.dumps(source)),
-    }
-    header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
-    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in small.items():
-            if array is not None:
-                with archive.open(f"{name}.npy", "w") as file:
-                    np.lib.format.write_array(file, array, allow_pickle=False)
-        with archive.open("images.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for images in batches:
-                file.write(_as_file(images).tobytes())
+def save_samples(path: str | Path, images: torch.Tensor, labels=None, source: dict | None = None) -> None:
+    """Write an .npz: `images` (uint8, here N x C x H x W, in the file N x H x W x C), and where given `labels` (int64,
+    N) and `source`, what made them."""
+    arrays: dict[str, Any] = {"images": images.permute(0, 2, 3, 1).numpy()}
+    if labels is not None:
+        arrays["labels"] = np.asarray(labels, dtype=np.int64)
+    if source is not None:
+        arrays["source"] = json.dumps(source)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def load_samples(path: str | Path) -> tuple[torch.Tensor, torch.Tensor | list[str] | None]:
@@ -359,9 +322,9 @@ def load_samples(path: str | Path) -> tuple[torch.Tensor, torch.Tensor | list[st
     labels = next((arrays[name] for name in ("labels", "arr_1") if name in arrays), None)
     if images is None:
         raise UserError(f"{path} has no array called images, samples or arr_0")
-    is_float = images.dtype.kind == "f" and images.size > 0 and -1 <= images.min() < images.max() <= 1
     if images.ndim != 4 or images.size == 0 or not {images.shape[1], images.shape[3]} & {1, 3}:
         raise UserError(f"{path}: images must be N x H x W x C or N x C x H x W with C = 1 or 3, not {images.shape}")
+    is_float = images.dtype.kind == "f" and -1 <= images.min() < images.max() <= 1
     if images.dtype != np.uint8 and not is_float:
         raise UserError(f"{path}: images must be uint8, or float within [0, 1] or [-1, 1], not {images.dtype}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
@@ -382,17 +345,16 @@ def _read_pictures(folder: Path) -> tuple[torch.Tensor, list[str] | None]:
     """All pictures below a folder, as one channel where all are grey, and the names of their class folders."""
     suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
     files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in suffixes and not f.name.startswith(".")]
+    if not files:
+        raise UserError(f"{folder} is not a readable folder of samples: it has no pictures ({', '.join(suffixes)})")
     arrays: list[np.ndarray] = []
     for file in progress(files, desc="reading", unit="image"):
         try:
-            with Image.open(file) as image:
-                arrays.append(np.asarray(image.convert("RGB")))
+            arrays.append(np.asarray(Image.open(file).convert("RGB")))
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{file} is not a readable picture") from error
         if arrays[-1].shape != arrays[0].shape:
             raise UserError(f"samples must be of one size, but {file} is larger or smaller than {files[0]}")
-    if not arrays:
-        raise UserError(f"{folder} is not a readable folder of samples: it has no pictures ({', '.join(suffixes)})")
     x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     if (x == x[:, :1]).all():
         x = x[:, :1]
@@ -402,11 +364,9 @@ def _read_pictures(folder: Path) -> tuple[torch.Tensor, list[str] | None]:
 
 def samples_source(path: str | Path) -> dict:
     """What `save_samples` was told of the images' origin: {} for another program's file. Raises UserError."""
-    try:
-        source = json.loads(str(_read_arrays(path, "source")["source"]))
-    except (KeyError, ValueError):
-        return {}
-    return source if isinstance(source, dict) else {}
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        return dict(json.loads(str(_read_arrays(path, "source")["source"])))
+    return {}
 
 
 def _read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:

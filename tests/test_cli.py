@@ -351,25 +351,30 @@ def test_sweep_goes_on_where_it_stopped(classes, tmp_path, monkeypatch):
     def evaluate_samples(images, labels, data_name):
         assert labels.tolist() == [i % 10 for i in range(20)]
         measured.append(images)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
         return {"frechet_distance": float(len(measured)), "labels": {"agreement": 0.5}}
 
     monkeypatch.setattr(features, "load_features", lambda _: SimpleNamespace(head=SimpleNamespace(in_features=2)))
     monkeypatch.setattr(features, "check_shape", lambda *_: None)
     monkeypatch.setattr(evaluate, "evaluate_samples", evaluate_samples)
     out = tmp_path / "sweep.json"
-    flags = ["sweep", "--checkpoint", classes, "--out", out, "--n", 20, "--steps", 3]
-    run(ddpm_conditional.main, *flags, "--weights", "ema", "--scales", 1)
-    run(ddpm_conditional.main, *flags, "--weights", "raw", "ema", "--scales", 1, 3)
+    flags = ["sweep", "--checkpoint", classes, "--out", out, "--n", 20, "--steps", 3, "--scales", 1, 3]
+    with pytest.raises(KeyboardInterrupt):
+        run(ddpm_conditional.main, *flags)
+    for _ in range(2):
+        run(ddpm_conditional.main, *flags)
     result = json.loads(out.read_text())
     rows = [
         (row["weights"], row["kind"], row["cfg_scale"], row["quality"]["frechet_distance"]) for row in result["rows"]
     ]
-    assert rows == [("ema", "ema_0.5", 1, 1), ("raw", "raw", 1, 2), ("raw", "raw", 3, 3), ("ema", "ema_0.5", 3, 4)]
+    assert rows == [("raw", "raw", 1, 1), ("raw", "raw", 3, 2), ("ema", "ema_0.5", 1, 4), ("ema", "ema_0.5", 3, 5)]
     assert result["sha256"] == utils.sha256(classes) and result["config"] == read_checkpoint(classes)[1]
     assert result["sampler"] == {"sampler": "dpm", "steps": 3, "eta": 1.0}
-    assert "--weights ema raw --scales 1 3 --n 20 --sampler dpm --steps 3 --seed 0 --out" in result["command"]
+    assert "--weights raw ema --scales 1 3 --n 20 --sampler dpm --steps 3 --seed 0 --out" in result["command"]
     assert measured[0].shape == (20, 1, 8, 8)
-    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(measured, 2))
+    assert np.array_equal(measured[2], measured[3])
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(measured[:2] + measured[3:], 2))
 
 
 def test_any_checkpoint_can_be_sampled(classes, idx_folder, tmp_path, sampled, capsys):
@@ -624,8 +629,7 @@ def test_bad_sweep(plain, classes, tmp_path, refused, monkeypatch):
     course = Path("course.pt")
     torch.save(UNet_conditional(num_classes=3, channels=1, width=4).state_dict(), course)
     Path("not.json").write_text("{not json")
-    other = {"checkpoint": classes.name, "sha256": "of other weights", "sampler": {}, "n": 2000, "seed": 0}
-    utils.write_json("other.json", other | {"data": None, "rows": []})
+    utils.write_json("other.json", {"command": "another", "sha256": "of other weights", "rows": []})
     before = everything(tmp_path)
     for checkpoint, flags, message in (
         (plain, [], "no classes"),
@@ -676,7 +680,7 @@ def test_samples_name_their_source(classes, tmp_path):
     run(ddpm_conditional.main, "sample", "--checkpoint", classes, "--n", 2, *ddpm_flags, "--out", tmp_path / "z.npz")
     source = utils.samples_source(tmp_path / "z.npz")
     assert (source["eta"], source["clip"], source["variance"]) == (None, False, "beta")  # DDPM has no eta
-    utils.save_samples(tmp_path / "y.npz", np.zeros((2, 8, 8, 1), np.uint8))
+    utils.save_samples(tmp_path / "y.npz", torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
     assert utils.samples_source(tmp_path / "y.npz") == {}
 
 

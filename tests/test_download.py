@@ -11,7 +11,6 @@ import os
 import pickle
 import shutil
 import ssl
-import stat
 import subprocess
 import sys
 import tarfile
@@ -75,23 +74,6 @@ def server(tmp_path):
 
 
 @pytest.fixture
-def untrusted(server, tmp_path):
-    """The same server behind a certificate that it signed itself."""
-    if not shutil.which("openssl"):
-        pytest.skip("needs openssl to make a certificate")
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-    )
-    subprocess.run([*command.split(), "-out", certificate, "-keyout", key], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    server.web.socket = context.wrap_socket(server.web.socket, server_side=True)
-    server.url, server.certificate = server.url.replace("http", "https"), certificate
-    return server
-
-
-@pytest.fixture
 def source(tmp_path):
     """A folder laid out as CIFAR-10's archives, wrapped in a folder, with macOS's litter."""
     for split, count in (("train", 3), ("test", 2)):
@@ -110,11 +92,10 @@ def pack(folder, kind, more=(), change=lambda content: content, name=lambda name
             member = name(str(file.relative_to(folder)))
             archive.writestr(member, file.read_bytes()) if kind == "zip" else archive.add(file, member)
         for member, its_type in more:
-            info = zipfile.ZipInfo(member) if kind == "zip" else tarfile.TarInfo(member)
             if kind == "zip":
-                info.external_attr = (its_type or 0) << 16
-                archive.writestr(info, b"evil")
+                archive.writestr(member, b"evil")
             else:
+                info = tarfile.TarInfo(member)
                 info.type, info.linkname = its_type or tarfile.REGTYPE, "/etc/passwd" if its_type else ""
                 archive.addfile(info)
     path = folder.with_suffix(".archive")
@@ -130,7 +111,7 @@ def nothing_left(root):
 # --- archives and folders -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip", "zip with backslashes", "w", "w:gz", "w:bz2", "w:xz", "old Python"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip with backslashes", "w:gz", "w:xz", "old Python"])
 def test_an_archive_ends_in_place_checked_and_counted(root, source, tmp_path, kind, capsys, monkeypatch):
     if kind == "old Python":
         monkeypatch.delattr(tarfile, "data_filter", raising=False)
@@ -142,8 +123,10 @@ def test_an_archive_ends_in_place_checked_and_counted(root, source, tmp_path, ki
     (root / "cifar10").symlink_to(tmp_path / "large disk")
     main(["cifar10", "--from", str(source)])
     out = capsys.readouterr().out
-    assert "train 6 images (cat 3, dog 3); test 4 images (cat 2, dog 2)" in out and str(tmp_path / "large disk") in out
-    assert sorted(os.listdir(tmp_path / "large disk")) == ["test", "train"] and os.listdir(root) == ["cifar10"]
+    assert "train 6 images; test 4 images; classes: cat, dog" in out and str(tmp_path / "large disk") in out
+    assert image_data.visible(os.listdir(tmp_path / "large disk")) == ["test", "train"] and os.listdir(root) == [
+        "cifar10"
+    ]
     data = load_data("cifar10", image_size=8)
     assert data.classes == ["cat", "dog"] and len(data) == 6 and len(load_data("cifar10", "test", 8)) == 4
     assert torchvision.datasets.ImageFolder(str(root / "cifar10/train")).classes == ["cat", "dog"]
@@ -152,31 +135,20 @@ def test_an_archive_ends_in_place_checked_and_counted(root, source, tmp_path, ki
         assert "all there: train 6 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrapping", ["", "landscape Images/", "a/b/"])
+@pytest.mark.parametrize("wrapping", ["", "a/b/"])
 def test_flat_landscapes_become_one_class(root, tmp_path, wrapping, capsys):
     class_folder(tmp_path, {"flat": 4}, size=(90, 80))
     main(["landscapes", "--from", str(pack(tmp_path / "flat", "zip", name=lambda name: wrapping + name))])
-    assert "4 images (landscapes 4)" in capsys.readouterr().out
+    assert "train 4 images; classes: landscapes" in capsys.readouterr().out
     assert torchvision.datasets.ImageFolder(str(root / "landscape_img_folder")).classes == ["landscapes"]
     assert load_data("landscapes").images.shape == (4, 3, 80, 80)
 
 
-def test_landscapes_in_kinds_with_images_that_do_not_decode(root, tmp_path, capsys):
-    kinds = class_folder(tmp_path / "kinds", {"forest": 3, "sea": 2}, size=(9, 9))
-    (kinds / "forest/001.png").write_bytes((kinds / "forest/001.png").read_bytes()[:60])
-    (kinds / "forest/notes.txt").write_text("no image")
-    main(["landscapes", "--from", str(kinds)])
-    captured = capsys.readouterr()
-    assert "left out 2 of 6 files" in captured.err and "001.png" in captured.err and "notes.txt" in captured.err
-    assert "4 images (forest 2, sea 2)" in captured.out and (kinds / "forest/notes.txt").exists()  # the source stays
-    assert sorted(os.listdir(root / "landscape_img_folder/forest")) == ["000.png", "002.png"]
-
-
-def test_batches_of_cifar10_become_folders_but_a_stranger_s_are_refused(root, tmp_path, monkeypatch, refused):
+def test_batches_of_cifar10_are_kept_but_a_stranger_s_are_refused(root, tmp_path, monkeypatch, refused):
     contents = write_cifar_batches(tmp_path / "cifar-10-batches-py", monkeypatch)
     main(["cifar10", "--from", str(pack(tmp_path / "cifar-10-batches-py", "w:gz"))])
     data = load_data("cifar10")
-    assert len(data) == 50 and data.labels.tolist() == sorted(5 * list(range(10)))
+    assert len(data) == 50 and data.labels.tolist() == 5 * list(range(10))
     assert np.array_equal(data.images[0].flatten(), contents["data_batch_1"]["data"][0])  # the first airplane
     shutil.rmtree(root / "cifar10")
     (tmp_path / "cifar-10-batches-py/data_batch_2").write_bytes(pickle.dumps(Malicious(tmp_path / "pwned")))
@@ -189,7 +161,7 @@ def test_fashion_mnist(root, tmp_path, idx_folder, monkeypatch, refused, capsys)
     for source in (copy, pack(copy, "zip", name="some/where/{}".format)):
         main(["fashion_mnist", "--from", str(source)])
         main(["fashion_mnist"])
-        assert "all there: train 64 images, test 16 images" in capsys.readouterr().out
+        assert "all there: train 64 images; test 16 images" in capsys.readouterr().out
         assert len(load_data("fashion_mnist")) == 64 and os.listdir(root / "data") == ["fashion_mnist"]
         shutil.rmtree(root / "data")
     path = copy / "t10k-images-idx3-ubyte"
@@ -209,33 +181,22 @@ def ask_for_a_password(content):
     return content[:at] + bytes([content[at] | 1]) + content[at + 1 :]
 
 
-def cut_last_member(content):
-    return content[: tarfile.open(fileobj=io.BytesIO(content)).getmembers()[-1].offset]
-
-
 OUTSIDE = ("../a.png", "a/../../a.png", "/tmp/a.png", "..\\a.png", "C:\\a.png", "C:a.png", "\\a.png")
-LINKS = [("w", kind) for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)]
-CAT = "cifar10/train/cat"
+LINKS = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize(
     "kind, more, change, words",
     [
         *[(kind, [(name, None)], bytes, "would land outside") for name in OUTSIDE for kind in ("zip", "w")],
-        *[(kind, [("link", link)], bytes, "link or a device") for kind, link in (("zip", stat.S_IFLNK), *LINKS)],
-        *[(kind, [(f"{CAT}/000.png", None)], bytes, f"two members called {CAT}/000.png") for kind in ("zip", "w:gz")],
-        *[(kind, [(CAT, None)], bytes, f"two members called {CAT}, a file and a folder") for kind in ("zip", "w")],
+        *[("w", [("link", link)], bytes, "link or a device") for link in LINKS],
         ("zip", [], ask_for_a_password, "password"),
         ("zip", [], lambda content: b"", "neither a folder nor a zip or tar archive"),
         ("zip", [], lambda content: b"no archive", "neither a folder nor a zip or tar archive"),
         ("zip", [], lambda content: b"\n<!DOCTYPE html><title>Sign in", "is a web page"),
-        ("zip", [], lambda content: content[:-100], "ends early"),
         ("zip", [], lambda content: content[: len(content) // 2], "ends early"),
         ("zip", [], lambda content: content[:400] + b"\0\xff\0\xff" * 5 + content[420:], "is damaged"),
-        ("w:gz", [], lambda content: content[:-9], "ends early"),
         ("w:gz", [], lambda content: content[: len(content) // 2], "ends early"),
-        ("w", [], cut_last_member, "ends early"),
     ],
 )
 def test_bad_archives_are_refused(root, source, tmp_path, refused, kind, more, change, words):
@@ -245,43 +206,32 @@ def test_bad_archives_are_refused(root, source, tmp_path, refused, kind, more, c
     assert words in line and str(archive) in line and sorted(tmp_path.rglob("*")) == before
 
 
-def test_wrong_layouts_are_refused(root, tmp_path, source, refused):
-    class_folder(tmp_path, {"flat": 2})
-    (tmp_path / "empty").mkdir()
-    wolf = shutil.copytree(source, tmp_path / "wolf")
-    (wolf / "cifar10/test/dog").rename(wolf / "cifar10/test/wolf")
-    for file in (source / "cifar10/test/dog").iterdir():
-        file.write_text("no image")
-    for name, folder, words in (
-        ("cifar10", "flat", "no class folders"),
-        ("cifar10", "wolf", "different classes"),
-        ("cifar10", "source", "test/dog is empty"),
+@pytest.mark.parametrize(
+    "name, folder, words",
+    [
+        ("cifar10", "flat", "use class folders"),
+        ("cifar10", "wolf", "has the classes cat, wolf"),
         ("landscapes", "empty", "no image"),
         ("landscapes", "not there", "no such file"),
         ("fashion_mnist", "flat", "neither the IDX files"),
-    ):
-        line = refused(main, name, "--from", tmp_path / folder)
-        assert words in line and "-download-" not in line and nothing_left(root)
+    ],
+)
+def test_wrong_layouts_are_refused(root, tmp_path, source, refused, name, folder, words):
+    class_folder(tmp_path, {"flat": 2})
+    (tmp_path / "empty").mkdir()
+    (shutil.copytree(source, tmp_path / "wolf") / "cifar10/test/dog").rename(tmp_path / "wolf/cifar10/test/wolf")
+    line = refused(main, name, "--from", tmp_path / folder)
+    assert words in line and "-download-" not in line and nothing_left(root)
 
 
-@pytest.mark.parametrize("place", ["shutil.copyfileobj", "image_data.decode_image", "os.replace"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, None])
-def test_what_ends_early_leaves_nothing_that_looks_complete(root, source, monkeypatch, place, error, refused):
-    """Interrupted, on a full disk, or killed (None): then nobody tidies up."""
+@pytest.mark.parametrize("place", ["shutil.copyfileobj", "os.replace"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_ends_early_leaves_nothing(root, source, monkeypatch, place, error):
     archive = pack(source, "zip")
-
-    def end(*_):
-        raise OSError(errno.ENOSPC, "No space left on device") if error is OSError else (error or SystemExit)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(place, end)
-        if error is None:
-            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
-        if error is OSError:
-            assert "no space left on the disk" in refused(main, "cifar10", "--from", archive)
-        else:
-            pytest.raises(error or SystemExit, main, ["cifar10", "--from", str(archive)])
-    assert nothing_left(root) if error else not (root / "cifar10").exists()
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(place, lambda *_: (_ for _ in ()).throw(error))
+        main(["cifar10", "--from", str(archive)])
+    assert nothing_left(root)
     main(["cifar10", "--from", str(archive)])
     assert len(load_data("cifar10")) == 6
 
@@ -341,7 +291,7 @@ def test_torchvision_where_the_hub_fails(root, online, server, monkeypatch, idx_
 def test_without_a_network_every_source_is_named(root, server, refused):
     for name, words in {
         "fashion_mnist": ("hub: no network", "torchvision: no network", "datasets/zalando-datasets/fashion_mnist"),
-        "cifar10": ("hub: no network", "torchvision: no network", "kaggle: no Kaggle token", "cifar10-pngs-in-folders"),
+        "cifar10": ("hub: no network", "torchvision: no network", "kaggle: no network", "cifar10-pngs-in-folders"),
         "checkpoints": ("Google Drive: no network", "folders/1beUSI-edO98i6J9pDR67BKGCfkzUL5DX"),
     }.items():
         line = refused(main, name)
@@ -355,26 +305,28 @@ def test_without_a_network_every_source_is_named(root, server, refused):
             download_datasets.require_network(url)
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
 @pytest.mark.parametrize("source", ["torchvision", "hub"])
-def test_a_certificate_that_is_not_trusted(root, untrusted, monkeypatch, refused, source):
-    """Reported as what it is, whichever client the library uses: urllib, httpx or (see Kaggle) requests."""
+def test_a_certificate_that_is_not_trusted(root, server, tmp_path, monkeypatch, refused, source):
+    """The server signed its own. Reported as what it is, whichever client the library uses: urllib or httpx."""
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    files = [tmp_path / "certificate.pem", tmp_path / "key.pem"]
+    subprocess.run([*command.split(), "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*files)
+    server.web.socket = context.wrap_socket(server.web.socket, server_side=True)
+    url = server.url.replace("http", "https")
     sources = {name: "CIFAR10" if name == source else "" for name in ("torchvision", "hub", "kaggle")}
     row = dataclasses.replace(image_data.DATASETS["cifar10"], **sources)
     monkeypatch.setitem(image_data.DATASETS, "cifar10", row)
-    monkeypatch.setenv("HF_ENDPOINT", untrusted.url)
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", untrusted.url)
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
     line = refused(main, "cifar10")
     assert f"{source}: the server's certificate is not trusted (self" in line
     assert "SSL_CERT_FILE" in line and nothing_left(root)
 
 
 # --- Kaggle -------------------------------------------------------------------------------------------------------
-
-
-def put_secret(path, content=SECRET, mode=0o600):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
-    path.chmod(mode)
 
 
 @pytest.fixture
@@ -411,6 +363,7 @@ OLD_TOKEN = json.dumps({"username": "student", "key": SECRET})
         ("kaggle.json", OLD_TOKEN, "Basic "),
         ("access_token", SECRET, f"Bearer {SECRET}"),
         (None, SECRET, f"Bearer {SECRET}"),
+        (None, "", None),
         ("kaggle.json", "", None),
         ("access_token", "\n", None),
         ("kaggle.json", OLD_TOKEN[:-1], None),
@@ -421,10 +374,12 @@ def test_kaggle(root, tmp_path, kaggle_site, monkeypatch, capsys, refused, file,
     if file is None:
         monkeypatch.setenv("KAGGLE_API_TOKEN", content)
     else:
-        put_secret(tmp_path / "home/.kaggle" / file, content)
+        (tmp_path / "home/.kaggle").mkdir(parents=True)
+        (tmp_path / "home/.kaggle" / file).write_text(content)
     if authorization is None:
         line = refused(main, "cifar10-64")
-        assert "no Kaggle token that works: (1)" in line and SECRET not in line and nothing_left(root)
+        words = ("no Kaggle token that works: (1)", "(2)", "(3)", "kaggle.com/settings", "chmod 600", "--from PATH")
+        assert all(part in line for part in words) and SECRET not in line and nothing_left(root)
         return
     main(["cifar10-64"])
     call, body, sent = kaggle_site[-1]
@@ -432,18 +387,8 @@ def test_kaggle(root, tmp_path, kaggle_site, monkeypatch, capsys, refused, file,
     slug = "cifar10-64x64-resized-via-cai-super-resolution"
     assert (body["ownerSlug"], body["datasetSlug"]) == ("joaopauloschuler", slug)
     captured = capsys.readouterr()
-    assert "test 4 images (cat 2, dog 2)" in captured.out and os.listdir(root) == ["cifar10-64"]
+    assert "test 4 images; classes: cat, dog" in captured.out and os.listdir(root) == ["cifar10-64"]
     assert SECRET not in "".join(captured)
-
-
-def test_kaggle_behind_a_certificate_of_ones_own(root, untrusted, kaggle_site, monkeypatch, refused):
-    """Whether it is trusted is for the client that the package uses to decide."""
-    monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
-    line = refused(main, "cifar10-64")
-    assert "certificate is not trusted (self" in line and SECRET not in line and nothing_left(root)
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(untrusted.certificate))
-    main(["cifar10-64"])
-    assert os.listdir(root) == ["cifar10-64"]
 
 
 @pytest.mark.parametrize(
@@ -453,7 +398,6 @@ def test_kaggle_behind_a_certificate_of_ones_own(root, untrusted, kaggle_site, m
         (False, OSError("Could not find kaggle.json"), "no Kaggle token that works: (1)"),
         (False, requests.ConnectionError(SECRET), "ConnectionError"),
         (True, requests.HTTPError(SECRET, response=SimpleNamespace(status_code=403)), "HTTP status 403"),
-        (True, ConnectionError(f"reset while sending {SECRET}"), "ConnectionError"),
         (True, ValueError(SECRET), "ValueError"),
         (True, SystemExit(1), "SystemExit"),
     ],
@@ -471,24 +415,6 @@ def test_kaggle_failing(root, monkeypatch, online, refused, signs_in, outcome, w
     assert "https://www.kaggle.com/datasets/arnaud58/landscape-pictures" in line and "--from" in line
 
 
-PLACES = ("HOME/.kaggle/access_token", "HOME/.kaggle/kaggle.json", "HOME/.config/kaggle/kaggle.json")
-
-
-@pytest.mark.parametrize(
-    "place", [None, *PLACES, "KAGGLE_CONFIG_DIR/kaggle.json", "XDG_CONFIG_HOME/kaggle/kaggle.json"]
-)
-def test_no_token_or_one_that_others_can_read(root, tmp_path, monkeypatch, refused, place):
-    monkeypatch.setitem(sys.modules, "kaggle", None)  # is not even imported
-    words = ("(1)", "(2)", "(3)", "kaggle.com/settings", "access_token", "chmod 600", "--from PATH")
-    if place:
-        variable, file = place.split("/", 1)
-        monkeypatch.setenv(variable, str(tmp_path / "own"))
-        put_secret(tmp_path / "own" / file, mode=0o640)
-        words = (f"open to other users: run `chmod 600 {tmp_path / 'own' / file}`",)
-    line = refused(main, "landscapes")
-    assert all(part in line for part in words) and SECRET not in line and nothing_left(root)
-
-
 # --- the course's checkpoints and the command ---------------------------------------------------------------------
 
 
@@ -502,15 +428,14 @@ def test_checkpoints_from_google_drive(root, online, monkeypatch, capsys, refuse
     def raise_error(**_):
         raise RuntimeError("too many accesses\nsee the FAQ")
 
+    def use(download_folder):
+        monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download_folder=download_folder))
+
     for download, words in ((raise_error, "too many"), (lambda **_: None, "found none")):
-        monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download_folder=download))
+        use(download)
         line = refused(main, "checkpoints")
         assert words in line and "folders/1beUSI-edO98i6J9pDR67BKGCfkzUL5DX" in line and nothing_left(root)
-    monkeypatch.setitem(
-        sys.modules,
-        "gdown",
-        SimpleNamespace(download_folder=lambda url, output, use_cookies: write_checkpoints(output)),
-    )
+    use(lambda url, output, use_cookies: write_checkpoints(output))
     (root / "checkpoints").mkdir()
     (root / "checkpoints/ours.safetensors").write_text("stays")
     main(["checkpoints"])
@@ -523,20 +448,12 @@ def test_checkpoints_from_google_drive(root, online, monkeypatch, capsys, refuse
 def test_checkpoints_by_hand(root, tmp_path, capsys, refused):
     """Bad ones are refused, and not executed."""
     write_checkpoints(tmp_path / "hand")
-    path, stream = tmp_path / "bad/conditional_ckpt.pt", io.BytesIO()
+    path = tmp_path / "bad/conditional_ckpt.pt"
     path.parent.mkdir()
-    torch.save(Malicious(tmp_path / "pwned"), stream)
-    for content, words in (
-        (b"", "empty"),
-        (b"no checkpoint", "damaged"),
-        (b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded", "a web page"),
-        (pickle.dumps(Malicious(tmp_path / "pwned"), protocol=2), "more than weights"),
-        (stream.getvalue(), "not weights alone"),
-    ):
-        path.write_bytes(content)
-        for source in (path, path.parent):
-            line = refused(main, "checkpoints", "--from", source)
-            assert words in line and path.name in line and nothing_left(root)
+    torch.save(Malicious(tmp_path / "pwned"), path)
+    for source in (path, path.parent):
+        line = refused(main, "checkpoints", "--from", source)
+        assert "not weights alone" in line and path.name in line and nothing_left(root)
     assert not (tmp_path / "pwned").exists()
     main(["checkpoints", "--from", str(tmp_path / "hand/conditional_ckpt.pt")])
     assert os.listdir(root / "checkpoints") == ["conditional_ckpt.pt"]
@@ -544,11 +461,3 @@ def test_checkpoints_by_hand(root, tmp_path, capsys, refused):
     assert "found none of" in refused(main, "checkpoints", "--from", path.parent)
     main(["checkpoints", "--from", str(pack(tmp_path / "hand", "zip"))])
     assert sorted(os.listdir(root / "checkpoints")) == sorted(download_datasets.COURSE_CHECKPOINTS)
-
-
-def test_the_command_line(refused, capsys):
-    for argv in (["imagenet"], [], ["cifar10", "--nothing"]):
-        assert "see --help" in refused(main, *argv)
-    with pytest.raises(SystemExit) as exit:
-        main(["--help"])
-    assert exit.value.code == 0 and "--from" in capsys.readouterr().out

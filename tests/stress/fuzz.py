@@ -274,7 +274,6 @@ sweep_flags = flags(
     {
         "--checkpoint": CHECKPOINTS,
         "--scales": numbers,
-        "--intervals": several("none 0-5 5-0 200-700 - 1-x"),
         "--n": "0 100 -1 x",
         "--steps": f"0 20 {10**30}",
         "--sampler": (" ".join(ddpm.SAMPLERS), texts),
@@ -298,7 +297,6 @@ evaluate_flags = flags(
         "--json-out": out_names.map(lambda name: re.sub(r"(png|gif|npz)$", "json", name)),
         "--n": "1 2 8 0 -1 x",
         "--weights": "raw ema ema_0.5 x",
-        "--bins": "1 3 1000000000 0 x",
         "--batch-size": "1 5 0 -1",
     },
 )
@@ -326,7 +324,8 @@ def build(template):
     training.train(plain, tiny_images(), template / "plain", device="cpu")
     weights = build_model({"name": "UNet_conditional", "channels": 1, "width": 4, "num_classes": 3}).state_dict()
     torch.save(weights, template / "course.pt")
-    utils.save_samples(template / "samples.npz", rng.integers(0, 256, (8, 28, 28, 1)).astype(np.uint8), np.arange(8))
+    samples = torch.from_numpy(rng.integers(0, 256, (8, 1, 28, 28)).astype(np.uint8))
+    utils.save_samples(template / "samples.npz", samples, np.arange(8))
     import datasets
 
     rows = {"image": [{"bytes": (template / "flat/0.png").read_bytes(), "path": None}] * 3, "label": [0, 1, 2]}
@@ -352,7 +351,8 @@ def world(template):
     with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         folder = Path(temporary, "world")
         shutil.copytree(template, folder)
-        image_data.ROOT, image_data.CACHE = folder / "project", Path(temporary, "cache")
+        image_data.ROOT = utils.ROOT = folder / "project"
+        image_data.CACHE = Path(temporary, "cache")
         row = dataclasses.replace(
             image_data.DATASETS["fashion_mnist"], folders=("data/fashion_mnist", str(folder / "no debian"))
         )
@@ -408,7 +408,6 @@ COMMANDS = {
                 f"noise-error {MEASURE}",
                 f"likelihood {MEASURE}",
                 "train-features nowhere",
-                "copying samples.npz --data nowhere",
             )
         ],
         evaluate_flags,
