@@ -9,33 +9,13 @@ from pathlib import Path
 import torch
 
 import training
+import utils
 import weights
 from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, beta_schedule, noise_level
 from ddpm_conditional import guided, predictor
 from image_data import DATASETS, decode_image, describe, describe_folder, load_data
 from modules import BLOCKS
-from utils import (
-    PRECISIONS,
-    ArgumentParser,
-    UserError,
-    autocast,
-    check_writable,
-    generator,
-    image_grid,
-    natural,
-    number,
-    pick_device,
-    pick_precision,
-    positive,
-    progress,
-    save_gif,
-    save_grid,
-    save_samples,
-    say,
-    sha256,
-    to_model,
-    to_uint8,
-)
+from utils import UserError, natural, number, positive, say
 
 MODELS = {"patch": "PatchUNet", "course": "UNet"}
 SHAPE_FLAGS = ["width", "mults", "depth", "patch", "block", "attention"]  # PatchUNet's
@@ -46,7 +26,7 @@ OWN_STEPS, OWN_BATCH_SIZE = 2000, 32
 
 def make_parser(description, data, shape, conditional=False):
     """The parser and its subcommands; `train` by default trains a PatchUNet of the given shape on `data`."""
-    parser = ArgumentParser(description=description)
+    parser = utils.ArgumentParser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="train a model")
@@ -105,19 +85,13 @@ def add_train_flags(parser, conditional, shape):
     add("--patch", type=number(int, 1, 64), help="side of the pixel blocks that the network works on (patch)")
     add("--block", choices=list(BLOCKS), help="kind of block (patch)")
     add("--attention", action=argparse.BooleanOptionalAction, help="linear attention at the outer levels (patch)")
-    add(
-        "--ema-beta",
-        dest="ema_betas",
-        type=number(float, 0, 0.999999),
-        nargs="+",
-        default=[0.995],
-        help="one or more averages to keep",
-    )
+    beta = {"type": number(float, 0, 0.999999), "nargs": "+", "default": [0.995]}
+    add("--ema-beta", dest="ema_betas", **beta, help="one or more averages to keep")
     add("--ema-start", type=number(int, 0), default=500, help="the average is a plain copy until this step")
     if conditional:
         add("--p-uncond", type=number(float, 0, 1), default=0.1, help="how often the label is dropped")
         add("--label-dropout", choices=["example", "batch"], default="example", help="one coin per image, or per batch")
-    add("--precision", choices=list(PRECISIONS), help="default: the fastest the device really has")
+    add("--precision", choices=list(utils.PRECISIONS), help="default: the fastest the device really has")
     add("--compile", dest="compiled", action="store_true", help="torch.compile the network")
     add("--accumulate", type=positive, default=1, help="passes per optimizer step: same batch, less memory")
     add("--sample-every", type=number(int, 0), default=500, help="steps between sample grids; 0: none")
@@ -132,7 +106,7 @@ def add_sample_flags(parser, conditional):
     add("--checkpoint", type=Path, required=True, help="a .safetensors, a run's folder or state, the course's .pt")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images, in all")
     add(
-        "--image-size", type=number(int, 1, 4096), help="side of the images (default: as in training; the course's: 64)"
+        "--image-size", type=number(int, 1, 4096), help="side of the images (default: the training's; the course's: 64)"
     )
     add("--sampler", choices=list(SAMPLERS), default="ddim", help="ddpm: ancestral; ddim; dpm: second order")
     steps = ", ".join(f"{name} {sampler.steps or 'all T'}" for name, sampler in SAMPLERS.items())
@@ -184,11 +158,8 @@ def make_config(args, data):
         "model": model,
         "diffusion": {"timesteps": args.timesteps, "schedule": args.schedule, "objective": args.objective},
         "data": {
-            "name": data.name,
-            "image_size": data.image_size,
-            "flip": data.flip,
+            **{name: getattr(data, name) for name in ("name", "image_size", "flip", "classes")},
             "images": len(data),
-            "classes": data.classes,
             "folder": describe_folder(args.data),
         },
         "train": {
@@ -203,15 +174,7 @@ def make_config(args, data):
 def describe_init(path):
     """What a run remembers of the checkpoint that it starts from; "images": how many that one had seen."""
     file, (_, config) = weights.find_checkpoint(path), weights.read_checkpoint(path)
-    return {"checkpoint": file.name, "sha256": sha256(file), "images": weights.images_seen(config["train"])}
-
-
-def load_training(args):
-    """The training data that the flags ask for, and the run's configuration."""
-    data = load_data(args.data, "train", args.image_size, args.channels, labels=args.conditional)
-    if args.flip is not None:
-        data.flip = args.flip
-    return data, make_config(args, data)
+    return {"checkpoint": file.name, "sha256": utils.sha256(file), "images": weights.images_seen(config["train"])}
 
 
 def say_what_to_expect(args, data, config):
@@ -236,7 +199,10 @@ def say_what_to_expect(args, data, config):
 
 
 def run_train(args):
-    data, config = load_training(args)
+    data = load_data(args.data, "train", args.image_size, args.channels, labels=args.conditional)
+    if args.flip is not None:
+        data.flip = args.flip
+    config = make_config(args, data)
     if training.is_main():
         say_what_to_expect(args, data, config)
     options = ("resume", "device", "minutes", "sample_every", "init", "accumulate", "compiled")
@@ -262,20 +228,10 @@ def parse_labels(text, n, num_classes, classes=()):
 
 def find_classes(text, classes):
     """The labels that a list such as "cat, dog" or "0,1" means. A name may be in another case, and may hold commas."""
-
-    def find(word):
-        same = [i for i, name in enumerate(classes) if name == word]
-        similar = [i for i, name in enumerate(classes) if name.casefold() == word.casefold()]
-        if len(found := same or similar) == 1:
-            if word.isdecimal() and int(word) != found[0]:
-                say(f"--labels {word} is the class called {word}, which is number {found[0]}")
-            return found[0]
-        return int(word) if re.fullmatch("-?[0-9]{1,9}", word) else None
-
     labels, words = [], text.split(",")
     while words:
         for length in range(len(words), 0, -1):  # the longest name that fits
-            if (label := find(",".join(words[:length]).strip())) is not None:
+            if (label := find_class(",".join(words[:length]).strip(), classes)) is not None:
                 break
         else:
             names = f" ({', '.join(classes)})" if classes else ""
@@ -283,6 +239,16 @@ def find_classes(text, classes):
         labels.append(label)
         words = words[length:]
     return labels
+
+
+def find_class(word, classes):
+    for spelling in (str, str.casefold):
+        found = [i for i, name in enumerate(classes) if spelling(name) == spelling(word)]
+        if len(found) == 1:
+            if word.isdecimal() and int(word) != found[0]:
+                say(f"--labels {word} is the class called {word}, which is number {found[0]}")
+            return found[0]
+    return int(word) if re.fullmatch("-?[0-9]{1,9}", word) else None
 
 
 def run_sample(args):
@@ -294,8 +260,8 @@ def run_sample(args):
         raise UserError(f"--eta is for --sampler {others} (DDPM's noise is --variance posterior or beta)")
     if args.sampler != "ddpm" and args.variance:
         raise UserError(f"--variance is for --sampler ddpm: {args.sampler}'s noise is --eta")
-    check_writable(args.out)
-    device = pick_device(args.device)
+    utils.check_writable(args.out)
+    device = utils.pick_device(args.device)
     kind = {None: None, True: "ema", False: "raw"}[args.ema]
     model, diffusion, config = weights.load_checkpoint(args.checkpoint, kind, device, args.image_size)
     shape, x_T = weights.image_shape(model, config), None
@@ -308,33 +274,33 @@ def run_sample(args):
     options["variance"] = args.variance or "posterior"
     source = options | {
         "checkpoint": args.checkpoint.name,
-        "sha256": sha256(weights.find_checkpoint(args.checkpoint)),
+        "sha256": utils.sha256(weights.find_checkpoint(args.checkpoint)),
         "weights": config["weights"],
         "eta": noise_level(args.sampler, args.eta),
         "steps": diffusion.step_count(args.sampler, args.steps),
         "variance": options["variance"] if args.sampler == "ddpm" else None,
         "start_from": args.start_from and [args.start_from.name, args.strength],
-        "dtype": pick_precision(device),
+        "dtype": utils.pick_precision(device),
         **guidance,
     }
     columns = math.ceil(args.n**0.5)
-    with autocast(device):
+    with utils.autocast(device):
         if suffix == ".gif":
             eps_model = guided(model, labels, **guidance)
             steps = diffusion.trajectory(eps_model, shape, range(args.n), x_T=x_T, **options)
-            bar = progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")
+            bar = utils.progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")
             shown = frames_shown(source["steps"] + 1)  # all of them would be gigabytes
-            save_denoising_gif([to_uint8(x).cpu() for i, x in enumerate(bar) if i in shown], args.out, columns)
+            save_denoising_gif([utils.to_uint8(x).cpu() for i, x in enumerate(bar) if i in shown], args.out, columns)
         else:
             options |= {"batch_size": args.batch_size, "x_T": x_T}
-            bar = functools.partial(progress, unit="step", desc="sampling")
+            bar = functools.partial(utils.progress, unit="step", desc="sampling")
             eps_models = predictor(model, labels, **guidance)
             batches = diffusion.sample_batches(eps_models, args.n, shape, progress=bar, **options)
-            images = torch.cat([to_uint8(x) for x in batches])
+            images = torch.cat([utils.to_uint8(x) for x in batches])
             if suffix == ".png":
-                save_grid(images, args.out, columns)
+                utils.save_grid(images, args.out, columns)
             else:
-                save_samples(args.out, images, labels, source)
+                utils.save_samples(args.out, images, labels, source)
     print(f"wrote {args.out}")
 
 
@@ -357,9 +323,9 @@ def begin_at(path, strength, diffusion, n, shape, seed):
     image = decode_image(path, shape[-1])
     if isinstance(image, str):
         raise UserError(f"--start-from {path} is no readable image: {image}")
-    x0 = to_model(torch.from_numpy(image.copy()).permute(2, 0, 1))
+    x0 = utils.to_model(torch.from_numpy(image.copy()).permute(2, 0, 1))
     x0 = (x0 if shape[0] == 3 else x0.mean(0, keepdim=True)).expand(n, *shape)
-    noise = torch.stack([torch.randn(shape, generator=generator(seed, i, 1)) for i in range(n)])
+    noise = torch.stack([torch.randn(shape, generator=utils.generator(seed, i, 1)) for i in range(n)])
     first = diffusion.respaced(list(range(max(1, round(strength * diffusion.timesteps)))))
     x0, noise = x0.to(first.betas.device), noise.to(first.betas.device)
     return first, first.q_sample(x0, torch.full((n,), first.timesteps - 1, device=x0.device), noise)
@@ -374,8 +340,8 @@ def frames_shown(count, longest=60):
 # Homework TODO 876: a GIF of the denoising
 def save_denoising_gif(frames, path, columns, scale=2, longest=60):
     """A GIF of the denoising: at most `longest` of the x_t, evenly spaced, the sample held for a second at the end."""
-    pictures = [image_grid(frames[i], columns, scale=scale) for i in frames_shown(len(frames), longest)]
-    save_gif(pictures, path, fps=20, hold=1)
+    pictures = [utils.image_grid(frames[i], columns, scale=scale) for i in frames_shown(len(frames), longest)]
+    utils.save_gif(pictures, path, fps=20, hold=1)
 
 
 # --- publish ---------------------------------------------------------------------------------------------------------

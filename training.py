@@ -1,14 +1,11 @@
 """The one training loop, its exact resume, and what it does in several processes.
 
-`steps` is the loop: a generator that makes a step each time it is asked for one. `train` asks for all of them, and
-keeps the run in a folder meanwhile.
+`steps` is the loop: a generator that makes a step each time it is asked for one. `train` asks for all of them.
 
 Every random draw of step k (which images, flips, timesteps, noise, dropped labels) comes from (seed, k) and is made for
 the global batch. So on a CPU a run that was killed and resumed ends with the same bits as one that was not, and
-several processes each take their slice of the same batch.
-
-A run folder holds:
-    state_STEP_HASH.pt   everything needed to go on: the newest two
+several processes each take their slice of the same batch. A run's folder holds:
+    state_STEP_HASH.pt   all that is needed to go on: the newest two
     samples_STEP.png     the same noise, denoised by the averaged weights as training goes on
     model.safetensors    the finished weights, with the configuration and the loss of every step inside
     config.json          the finished run's configuration, to read
@@ -33,24 +30,12 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+import utils
 import weights
 from ddpm_conditional import drop_labels, with_labels
 from image_data import augment
 from modules import EMA
-from utils import (
-    UserError,
-    autocast,
-    generator,
-    is_out_of_memory,
-    look_up,
-    pick_device,
-    pick_precision,
-    progress,
-    save_grid,
-    say,
-    to_uint8,
-    write_json,
-)
+from utils import UserError, say
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 # How the timesteps of a batch of n are drawn. "vlb" draws t in proportion to its weight in the variational bound:
@@ -96,7 +81,7 @@ class Run:
         self.rank, self.world, self.accumulate, self.compiled = rank, world, accumulate, compiled
         settings = config["train"] = DEFAULTS | config["train"]
         if settings["precision"] is None:  # it is found by timing, and all processes must agree
-            settings["precision"] = from_rank_0(pick_precision(self.device), world)
+            settings["precision"] = gather(utils.pick_precision(self.device), world)[0]
         torch.manual_seed(settings["seed"])
         self.model = weights.build_model(config["model"]).to(self.device, memory_format=torch.channels_last).train()
         weights.check_image_size(self.model, config["data"]["image_size"])
@@ -111,17 +96,18 @@ class Run:
     def start_from(self, path):
         """Take over the weights of a checkpoint, raw and averaged, as far as it has both."""
         tensors, config = weights.read_checkpoint(path)
-        kinds = {name.split("/")[0] for name in tensors}
-        if "raw" not in kinds:
+        has_raw = any(name.startswith("raw/") for name in tensors)
+        if not has_raw:
             say(f"{path} has no raw weights: training starts from {weights.find_kind(tensors, None, config, path)}")
-        kind_of = dict.fromkeys(self.ema_models.values()) | {self.model: "raw" if "raw" in kinds else None}
-        for network, kind in kind_of.items():
+        for network in (self.model, *self.ema_models.values()):
+            kind = "raw" if has_raw and network is self.model else None
             state, own = weights.select_weights(tensors, kind, config, path), network.state_dict()
-            there, here = (s.pop("label_emb.weight", torch.zeros(0, 0)) for s in (state, own))
-            if len(there) != len(here):
-                say(f"{path} was trained on {len(there)} classes, not {len(here)}: the labels are learnt anew")
-                there = here
-            weights.load_weights(network, state | ({"label_emb.weight": there} if len(here) else {}), path)
+            there, here = (len(s.get("label_emb.weight", ())) for s in (state, own))
+            if there != here:
+                say(f"{path} was trained on {there} classes, not {here}: the labels are learnt anew")
+                state.pop("label_emb.weight", None)
+                state |= {name: w for name, w in own.items() if name == "label_emb.weight"}
+            weights.load_weights(network, state, path)
 
     def state(self):
         """All that is needed to go on from here, for torch.save."""
@@ -148,7 +134,8 @@ class Run:
 def steps(run):
     """The training loop (Ho et al. 2020, algorithm 1): each step yields its loss, a scalar, still on the device.
 
-    It ends after config["train"]["steps"] steps (None: never). Whoever iterates shows, checks, saves and stops.
+    (Of several processes each yields that of its own share of the batch.) It ends after config["train"]["steps"] steps,
+    None: never. Whoever iterates shows, checks, saves and stops.
     """
     settings = run.config["train"]
     network = torch.compile(run.model) if run.compiled else run.model
@@ -160,9 +147,11 @@ def steps(run):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(settings, run.step)
         losses = []
-        for x0, t, noise, labels in parts_of_batch(run, network):
+        for x0, t, noise, labels in parts_of_batch(run):
+            # the processes exchange gradients once a step, after its last part
+            network.require_backward_grad_sync = len(losses) == run.accumulate - 1
             # Homework TODO 89-94: the training step; drop_labels has already dropped some of the labels
-            with autocast(run.device, settings["precision"]):
+            with utils.autocast(run.device, settings["precision"]):
                 loss = run.diffusion.loss(with_labels(network, labels), x0, t, noise, settings["loss"]) / run.accumulate
             run.scaler.scale(loss).backward()
             losses.append(loss.detach())
@@ -172,7 +161,7 @@ def steps(run):
         for kind, ema in run.emas.items():
             ema.step_ema(run.ema_models[kind], run.model)
         run.step += 1
-        yield mean_over_processes(sum(losses), run.world)
+        yield sum(losses)
 
 
 def learning_rate(settings, step):
@@ -181,27 +170,22 @@ def learning_rate(settings, step):
     return settings["lr"] * min(1, (total - step) / (cooldown * total)) if total and cooldown else settings["lr"]
 
 
-def parts_of_batch(run, network):
+def parts_of_batch(run):
     """This process's share of the step's batch on its device, in run.accumulate parts: x0, t, noise, labels."""
-    batch = draw_batch(run.data, run.config, run.step, run.diffusion)
-    first, last = run.rank * run.accumulate, (run.rank + 1) * run.accumulate - 1
-    for part in range(first, last + 1):
-        x0, t, noise, labels = (
-            None if b is None else b.chunk(run.world * run.accumulate)[part].to(run.device) for b in batch
-        )
+    batch, parts = draw_batch(run.data, run.config, run.step, run.diffusion), run.world * run.accumulate
+    for part in range(run.rank * run.accumulate, (run.rank + 1) * run.accumulate):
+        x0, t, noise, labels = (None if b is None else b.chunk(parts)[part].to(run.device) for b in batch)
         x0, noise = (b.contiguous(memory_format=torch.channels_last) for b in (x0, noise))
-        # the processes exchange gradients once a step, after its last part
-        with network.no_sync() if run.world > 1 and part < last else contextlib.nullcontext():
-            yield x0, t, noise, labels
+        yield x0, t, noise, labels
 
 
 def draw_batch(data, config, step, diffusion):
     """Everything random about a step's global batch: x0 and noise (N x C x H x W), t and labels (int64, N; or None)."""
     train = DEFAULTS | config["train"]
-    g = generator(train["seed"], 1, step)
+    g = utils.generator(train["seed"], 1, step)
     index = draw_indices(train["seed"], step, train["batch_size"], len(data.images))
     x0 = augment(data, index, g)
-    t = look_up(TIMESTEP_SAMPLING, train["timestep_sampling"], "timestep sampling")(diffusion, len(x0), g)
+    t = utils.look_up(TIMESTEP_SAMPLING, train["timestep_sampling"], "timestep sampling")(diffusion, len(x0), g)
     # Homework TODO 556: the random noise
     noise = torch.randn(x0.shape, generator=g)
     labels = None
@@ -213,15 +197,12 @@ def draw_batch(data, config, step, diffusion):
 def draw_indices(seed, step, batch_size, count):
     """Which images step `step` sees: the batches of an endless row of shuffled epochs."""
     positions = range(step * batch_size, (step + 1) * batch_size)
-    epochs = {p // count: None for p in positions}
-    for epoch in epochs:
-        epochs[epoch] = epoch_order(seed, epoch, count)
-    return torch.tensor([epochs[p // count][p % count] for p in positions])
+    return torch.tensor([epoch_order(seed, p // count, count)[p % count] for p in positions])
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def epoch_order(seed, epoch, count):
-    return torch.randperm(count, generator=generator(seed, 0, epoch)).tolist()
+    return torch.randperm(count, generator=utils.generator(seed, 0, epoch)).tolist()
 
 
 def keep_freed_memory():
@@ -244,26 +225,25 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
     out = Path(out)
     if not out.name:
         raise UserError(f"a run needs a folder of its own, such as --out runs/NAME, not {str(out)!r}")
-    settings = config["train"] = DEFAULTS | config["train"]
-    batch_size, accumulate = settings["batch_size"], options.get("accumulate", 1)
+    config["train"] = DEFAULTS | config["train"]
+    batch_size, accumulate = config["train"]["batch_size"], options.get("accumulate", 1)
     with process_group(device) as (rank, world), contextlib.ExitStack() as stack:
         if batch_size % (world * accumulate):
             parts = f"processes x --accumulate = {world * accumulate}"
             raise UserError(f"--batch-size {batch_size} must be a multiple of {parts}")
-        held = None
+        refusal = None
         if rank == 0:
             try:
                 stack.enter_context(locked(out))
             except (UserError, OSError) as error:
-                held = error
-        device = pick_device(device)
-        if any_process(held is not None, world, device):  # or the others would wait for rank 0
-            raise held or Held(f"process 0 cannot train in {out}: see its message")
+                refusal = error
+        if refusal := gather(refusal, world)[0]:  # or the others would wait for process 0
+            raise refusal
         stop_requested = stack.enter_context(stop_signals())  # before the first state, which says that a run can go on
         try:
             folder = RunFolder(out, rank, world)
             state = folder.open(config, resume)
-            run = Run(config, data, device, rank, world, **options)
+            run = Run(config, data, utils.pick_device(device), rank, world, **options)
             if state is not None:
                 run.restore(state)
             else:
@@ -272,17 +252,15 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
                 folder.save(run)
             make_all_steps(run, folder, stop_requested, minutes, sample_every)
         except (MemoryError, RuntimeError) as error:
-            if world > 1 and "closed by peer" in str(error):
+            if "closed by peer" in str(error):
                 raise UserError("another process has failed: see its message") from error
             if options.get("compiled") and isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 reason = "torch.compile does not work here (has this machine a C++ compiler?)"
                 raise UserError(f"{reason}: leave --compile out") from error
-            if not is_out_of_memory(error):
+            if not utils.is_out_of_memory(error):
                 raise
-            smaller = f"--batch-size {max(1, batch_size // 2)}"
-            raise UserError(
-                f"out of memory: try {smaller}, or the same batch in smaller parts with --accumulate {2 * accumulate}"
-            ) from error
+            parts = f"the same batch in smaller parts with --accumulate {2 * accumulate}"
+            raise UserError(f"out of memory: try --batch-size {max(1, batch_size // 2)}, or {parts}") from error
     return out / "model.safetensors"
 
 
@@ -290,8 +268,11 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
     """Iterate over the run's steps: show them, check them, save them, draw grids, stop when asked to."""
     settings, unread = run.config["train"], []
     if settings["steps"] is not None:
-        say_length(run, minutes)
-    bar = progress(total=settings["steps"], initial=run.step, unit="step", desc=folder.path.name, disable=run.rank > 0)
+        if minutes and run.step >= settings["steps"]:
+            tell(f"the run's length was fixed at {run.step} steps: --epochs makes it longer, --minutes does not")
+        tell_if_short(run)
+    shown = {"unit": "step", "desc": folder.path.name, "disable": run.rank > 0}
+    bar = utils.progress(total=settings["steps"], initial=run.step, **shown)
     # The first step also warms up, and compiles: it is not timed.
     timed_to = TIMED_STEPS if settings["steps"] is None else run.step + 6
     timed_from, started = min(run.step + 1, timed_to - 1), time.monotonic()
@@ -304,51 +285,40 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
             if run.step % every and run.step not in (timed_from, timed_to, settings["steps"]) and not grid_is_due:
                 continue
             folder.read_losses(run, unread)
+            bar.set_postfix(loss=f"{sum(run.losses[-100:]) / len(run.losses[-100:]):.4f}", refresh=False)
             if run.step == timed_from:
                 started = time.monotonic()
             elif run.step == timed_to:
-                say_or_fix_length(run, (time.monotonic() - started) / (timed_to - timed_from), minutes)
-                if settings["steps"] != bar.total:
+                seconds = (time.monotonic() - started) / (timed_to - timed_from)
+                if settings["steps"] is None:
+                    wanted = min(MAX_STEPS, gather(round(60 * minutes / seconds), run.world)[0])
+                    settings["steps"] = max(run.step, wanted)
+                    made = f", and {run.step} are made already" if wanted < run.step else ""
+                    tell(f"{minutes:g} minutes are {wanted} steps here{made}")
+                    tell_if_short(run)
                     bar.reset(total=settings["steps"])
                     bar.update(run.step)
                     folder.save(run)
-            bar.set_postfix(loss=f"{sum(run.losses[-100:]) / len(run.losses[-100:]):.4f}", refresh=False)
-            if run.rank == 0 and grid_is_due:
+                elif (left := (settings["steps"] - run.step) * seconds / 60) > 1:
+                    tell(f"{settings['steps']:,} steps: {left:.0f} more minutes here")
+            if grid_is_due and run.rank == 0:
                 folder.sample_grid(run, stop_requested)
-            if any_process(stop_requested(), run.world, run.device):
-                folder.stop(run)
+            if any(gather(stop_requested(), run.world)):
+                folder.save(run)
+                gather(None, run.world)  # torchrun ends all processes once one has left: not in the middle of the save
+                stopped = f"stopped at step {run.step}"
+                raise KeyboardInterrupt(f"{stopped}; the same command with --resume goes on from there")
             if folder.save_is_due():
                 folder.save(run)
     folder.finish(run)
 
 
-def say_or_fix_length(run, step_seconds, minutes):
-    """From a step's time: how many minutes the run takes, or for good how many steps --minutes are."""
-    settings, notice = run.config["train"], "{minutes:g} minutes are {steps} steps here"
-    if settings["steps"] is not None:
-        minutes = (settings["steps"] - run.step) * step_seconds / 60
-        if run.rank == 0 and minutes > 1:
-            say(f"{settings['steps']:,} steps: {minutes:.0f} more minutes here")
-        return
-    wanted = round(60 * minutes / step_seconds)
-    settings["steps"] = from_rank_0(min(MAX_STEPS, max(run.step, wanted)), run.world)
-    if wanted < run.step:
-        notice = "the run has {steps} steps: {minutes:g} minutes would be fewer, but these had to be timed"
-    say_length(run, notice=notice.format(minutes=minutes, steps=settings["steps"]))
-
-
-def say_length(run, minutes=None, notice=""):
-    """Say what the run's length, once it is known, means for what was asked for."""
-    settings = run.config["train"]
-    total, start = settings["steps"], settings["ema_start"]
-    if minutes and run.step >= total:
-        notice = f"the run's length was fixed at {total} steps: --epochs makes it longer, --minutes does not"
-    few = f"{total} steps are few: expect hardly more than noise before {FEW_STEPS:,} (--epochs, --minutes)"
-    copies = f"the averages begin at step {start}, after the run's last: they will be copies of the raw weights"
-    told = {notice: notice, few: total < FEW_STEPS and not settings.get("init"), copies: run.emas and total <= start}
-    for line, true in told.items():
-        if true and run.rank == 0:
-            say(line)
+def tell_if_short(run):
+    total, start = run.config["train"]["steps"], run.config["train"]["ema_start"]
+    if total < FEW_STEPS and not run.config["train"].get("init"):
+        tell(f"{total} steps are few: expect hardly more than noise before {FEW_STEPS:,} (--epochs, --minutes)")
+    if run.emas and total <= start:
+        tell(f"the averages begin at step {start}, after the run's last: they will be copies of the raw weights")
 
 
 def check_settings(config, started, out):
@@ -361,13 +331,16 @@ def check_settings(config, started, out):
             config["train"][name] = started["train"][name]
     for section in config:
         defaults = DEFAULTS if section == "train" else {}
-        ours, theirs = ({**defaults, **c.get(section, {})} for c in (config, started))
-        for name in {**ours, **theirs}:
+        ours, theirs = (defaults | c.get(section, {}) for c in (config, started))
+        first = ("name", "folder")  # which explain differences in the rest
+        for name in sorted(ours | theirs, key=lambda name: name not in first):
             if ours.get(name) != theirs.get(name) and name != "steps":
                 settings = f"{name} = {theirs.get(name)}, not {ours.get(name)}"
                 hint = "--resume goes on with the same settings only; use another --out"
                 if name == "folder":
-                    hint = f"other images are there now; {hint}"
+                    then, now = (str(c.get(name)).split(",")[0] for c in (theirs, ours))
+                    changed = f"{then} then, {now} now" if then != now else "as many, but other names or sizes"
+                    hint = f"other images are there now ({changed}); {hint}"
                 raise UserError(f"{out} was started with {settings}: {hint}")
 
 
@@ -376,8 +349,8 @@ class RunFolder:
 
     # The names that a run gives its files while it writes them, so that no other file in its folder is ever deleted.
     HALF_WRITTEN = [
-        f".{name}-{'[0-9a-f]' * 8}.{suffix}"
-        for name, suffix in (("state_*", "pt"), ("samples_*", "png"), ("model", "safetensors"), ("config", "json"))
+        name.format("-" + "[0-9a-f]" * 8)
+        for name in (".state_*{}.pt", ".samples_*{}.png", ".model{}.safetensors", ".config{}.json")
     ]
 
     def __init__(self, path, rank=0, world=1):
@@ -391,8 +364,7 @@ class RunFolder:
         Settings that depend on the machine's speed are taken over from it; what a kill left behind is cleared away.
         """
         state, path = weights.load_state(self.path)
-        if self.world > 1:
-            dist.barrier()  # rank 0 writes to the folder only when all have read it
+        gather(None, self.world)  # process 0 writes to the folder only when all have read it
         if self.rank == 0:
             older = [p for p in sorted(self.path.glob(weights.STATES)) if path and p < path]
             for leftover in (*(p for half in self.HALF_WRITTEN for p in self.path.glob(half)), *older[:-1]):
@@ -403,14 +375,11 @@ class RunFolder:
             return None
         if not resume:
             raise UserError(f"{self.path} holds a run already: add --resume to go on with it, or use another --out")
-        settings, step, started = config["train"], state["step"], json.loads(state["config"])
-        check_settings(config, started, self.path)
-        if settings["steps"] is not None and settings["steps"] < step:
-            raise UserError(f"the run in {self.path} has made {step} steps already, more than {settings['steps']}")
-        if self.rank == 0:
-            say(f"going on from step {step} in {self.path}")
-            if learning_rate(DEFAULTS | started["train"], step) < learning_rate(settings, step):
-                say("the learning rate had begun to fall: it rises again, and falls at the end of the longer run")
+        check_settings(config, json.loads(state["config"]), self.path)
+        steps, step = config["train"]["steps"], state["step"]
+        if steps is not None and steps < step:
+            raise UserError(f"the run in {self.path} has made {step} steps already, more than {steps}")
+        tell(f"going on from step {step} in {self.path}")
         self.states, self.last_step = [path], step
         return state
 
@@ -429,37 +398,28 @@ class RunFolder:
         return time.monotonic() - self.saved_at > max(5, 60 * self.save_seconds)
 
     def read_losses(self, run, unread):
-        """Move the losses from the device to run.losses. Raises UserError where one is not finite."""
-        run.losses += torch.stack(unread).tolist()
+        """Move the losses to run.losses, averaged over the processes. Raises UserError where one is not finite."""
+        parts = gather(torch.stack(unread).cpu(), run.world)
+        run.losses += (sum(parts) / len(parts)).tolist()
         for step in range(run.step - len(unread), run.step):
             if not math.isfinite(run.losses[step]):
                 raise self.diverged(run, step)
         unread.clear()
 
     def diverged(self, run, step):
-        return UserError(
-            f"the loss is not finite at step {step} (learning rate {run.config['train']['lr']:g}): try a smaller --lr; "
-            f"the last good state is step {self.last_step} in {self.path}"
-        )
-
-    def stop(self, run):
-        self.save(run)
-        if self.world > 1:
-            dist.barrier()  # torchrun ends all processes as soon as one has left: not in the middle of the save
-        raise KeyboardInterrupt(f"stopped at step {run.step}; the same command with --resume goes on from there")
+        rate, last = run.config["train"]["lr"], f"the last good state is step {self.last_step} in {self.path}"
+        return UserError(f"the loss is not finite at step {step} (learning rate {rate:g}): try a smaller --lr; {last}")
 
     def sample_grid(self, run, stop_requested, n=64):
         """The first 64 images of seed 0, by the first average where there is one, in 20 second-order steps."""
         model = next(iter(run.ema_models.values()), run.model)
         labels = torch.arange(n) % model.num_classes if model.num_classes else None
-        x = run.diffusion.trajectory(
-            with_labels(model, labels), weights.image_shape(model, run.config), range(n), sampler="dpm"
-        )
-        with autocast(run.device, run.config["train"]["precision"]):
-            for images in x:
+        shape = weights.image_shape(model, run.config)
+        with utils.autocast(run.device, run.config["train"]["precision"]):
+            for x in run.diffusion.trajectory(with_labels(model, labels), shape, range(n), sampler="dpm"):
                 if stop_requested():
                     return
-        save_grid(to_uint8(images).cpu(), self.path / f"samples_{run.step:08d}.png", columns=8)
+        utils.save_grid(utils.to_uint8(x).cpu(), self.path / f"samples_{run.step:08d}.png", columns=8)
 
     def finish(self, run):
         if self.last_step != run.step:
@@ -467,9 +427,8 @@ class RunFolder:
         if self.rank == 0:
             states = {kind: model.state_dict() for kind, model in {"raw": run.model, **run.ema_models}.items()}
             weights.save_checkpoint(self.path / "model.safetensors", states, run.config, torch.tensor(run.losses))
-            write_json(self.path / "config.json", run.config)
-        if self.world > 1:
-            dist.barrier()  # nobody looks for the weights before they are there
+            utils.write_json(self.path / "config.json", run.config)
+        gather(None, self.world)  # nobody looks for the weights before they are there
 
 
 class Held(UserError):
@@ -486,12 +445,12 @@ def locked(folder):
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", blocking=False)
     try:
-        with warnings.catch_warnings():  # of the kind of lock that serves in place of the system's
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # or it would go on with a weaker kind of lock
             lock.acquire()
     except Timeout as error:
         raise Held(f"another process is training in {folder}: wait for it, or use another --out") from error
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError, UserWarning) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise
         say(f"{folder} is on a file system without locks: see to it yourself that no other process trains in it")
@@ -510,9 +469,7 @@ def stop_signals():
     received = []
 
     def handler(signum, frame):
-        if (
-            received and signum == signal.SIGINT
-        ):  # a second SIGTERM may be torchrun's, which passes on what all received
+        if received and signum == signal.SIGINT:  # a second SIGTERM may only be torchrun's, which passes it on
             raise KeyboardInterrupt
         received.append(signum)
 
@@ -526,21 +483,31 @@ def stop_signals():
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
-
-def under_torchrun():
-    """True if torchrun started this process. (A scheduler may set some of its variables, too.)"""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # which torchrun gives all its processes
 
 
 def is_main():
     """True in the one process that writes and speaks."""
-    return not under_torchrun() or os.environ["RANK"] == "0"
+    return TORCHRUN not in os.environ or os.environ["RANK"] == "0"
+
+
+def tell(line):
+    if is_main():
+        say(line)
+
+
+def gather(value, world):
+    """The values that all processes give, in their order, in each of them. So all wait until the last has come here."""
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 @contextlib.contextmanager
 def process_group(device="auto"):
     """(rank, number of processes) of this process, as torchrun started it; (0, 1) without torchrun."""
-    if not under_torchrun():
+    if TORCHRUN not in os.environ:
         yield 0, 1
         return
     if not dist.is_initialized():  # once for all runs of this process: PyTorch may hang in a second time
@@ -549,7 +516,7 @@ def process_group(device="auto"):
             if int(os.environ["LOCAL_RANK"]) >= count:
                 raise UserError(f"there are more processes than GPUs: start {count} of them, or add --device cpu")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is put on GPU 0
-        kind = pick_device(device)
+        kind = utils.pick_device(device)
         if int(os.environ["WORLD_SIZE"]) > 1 and (kind.type not in ("cpu", "cuda") or kind.index is not None):
             raise UserError("several processes need --device cpu, or --device cuda for a GPU each")
         # Whoever waits for a process that has failed, in C++, would not notice torchrun's request to end in Python.
@@ -565,29 +532,3 @@ def process_group(device="auto"):
 def leave_process_group():
     gc.collect()  # a DistributedDataParallel that waits for the collector would keep gloo's threads, too
     dist.destroy_process_group()
-
-
-def any_process(flag, world, device):
-    """True if `flag` is true in any process."""
-    if world == 1:
-        return flag
-    tensor = torch.tensor(float(flag), device=device)
-    dist.all_reduce(tensor)
-    return tensor.item() > 0
-
-
-def mean_over_processes(value, world):
-    """The mean of a scalar tensor over the processes."""
-    if world > 1:
-        dist.all_reduce(value, dist.ReduceOp.SUM)
-        value /= world
-    return value
-
-
-def from_rank_0(value, world):
-    """Process 0's value, in all processes."""
-    if world == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, 0)
-    return values[0]

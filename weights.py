@@ -3,15 +3,11 @@
 A file of this project is a safetensors file with a configuration inside. A denoiser's tensors are called "raw/NAME" and
 "ema_0.999/NAME", one kind of weights each. Wherever a checkpoint is read, a run's folder, its state_*.pt and weights
 of the course's networks (a .pt) serve as well. Of a pickle only tensors and plain containers are read: it runs nothing.
-
-A run's state is in state_STEP_HASH.pt: HASH is the contents' SHA-256, so that damage is noticed.
 """
 
-import contextlib
 import hashlib
 import io
 import json
-import zipfile
 from pathlib import Path
 
 import torch
@@ -38,8 +34,7 @@ def save_tensors(path, tensors, config):
 
 def read_tensors(path, hint=""):
     """The tensors and the configuration that `save_tensors` wrote. Raises UserError, which ends with the hint."""
-    path = Path(path)
-    hint = f": {hint}" if hint else ""
+    path, hint = Path(path), hint and f": {hint}"
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}{hint}")
     try:
@@ -55,10 +50,13 @@ def save_checkpoint(path, weights, config, losses=None, half=False):
 
     losses: the training loss of every step. half: store the weights in float16, as published files do.
     """
-    tensors = {f"{kind}/{name}": w for kind, state in weights.items() for name, w in state.items()}
-    if half:
-        tensors = {name: w.half() for name, w in tensors.items()}
+    tensors = {name: w.half() if half else w for name, w in name_tensors(weights).items()}
     save_tensors(path, tensors if losses is None else tensors | {"losses": losses}, config)
+
+
+def name_tensors(weights):
+    """{"raw": {NAME: tensor}, ...} as {"raw/NAME": tensor, ...}."""
+    return {f"{kind}/{name}": w for kind, state in weights.items() for name, w in state.items()}
 
 
 # --- the states of a run, where it goes on after an interruption -----------------------------------------------------
@@ -68,7 +66,7 @@ STATE_ENTRIES = {"config", "step", "losses", "model", "optimizer", "emas", "scal
 
 
 def save_state(folder, state, good=()):
-    """Write state_STEP_HASH.pt atomically, then drop all states but it and the last one of `good`, known to be whole.
+    """Write state_STEP_HASH.pt (HASH tells of damage), then drop all states but it and the last of `good`, the whole.
 
     Returns the two paths. (The newest by name may be damaged: then the run went on from one before it.)
     """
@@ -108,11 +106,10 @@ def find_checkpoint(path):
     path = Path(path)
     if not path.is_dir():
         return path
-    finished = path / "model.safetensors"
-    state, newest = load_state(path)
+    finished, (state, newest) = path / "model.safetensors", load_state(path)
     if finished.exists() and (state is None or read_tensors(finished)[1]["train"]["steps"] >= state["step"]):
         return finished
-    if newest is None:
+    if state is None:
         raise UserError(f"no checkpoint at {path}: the folder holds no run")
     return newest
 
@@ -152,7 +149,7 @@ def read_pickle(path):
             entries = ", ".join(map(str, contents)) if isinstance(contents, dict) else type(contents).__name__
             raise UserError(f"{path} holds no weights of the course's networks, only {entries[:200] or 'nothing'}")
         config = course_config(next(iter(weights.values())))
-    return {f"{kind}/{name}": w for kind, state in weights.items() for name, w in state.items()}, config
+    return name_tensors(weights), config
 
 
 def find_state_dicts(contents, key=""):
@@ -160,17 +157,15 @@ def find_state_dicts(contents, key=""):
 
     They may be under names such as "model" or "ema_state_dict", and have prefixes such as DataParallel's "module.".
     """
-    found = {}
-    if isinstance(contents, dict):
-        last = "outc.weight"  # which the course's networks have, and no optimizer
-        for name, value in contents.items():
-            if isinstance(name, str) and name.endswith(last) and isinstance(value, torch.Tensor):
-                prefix = name.removesuffix(last)
-                tensors = {n: w for n, w in contents.items() if isinstance(w, torch.Tensor) and n.startswith(prefix)}
-                state = {n.removeprefix(prefix): w for n, w in tensors.items()}
-                found.setdefault("ema" if "ema" in f"{key}{prefix}".lower() else "raw", state)
-            elif isinstance(value, dict):
-                found = find_state_dicts(value, f"{key}{name}/") | found
+    if not isinstance(contents, dict):
+        return {}
+    found, last = {}, "outc.weight"  # which the course's networks have, and no optimizer
+    tensors = {str(name): value for name, value in contents.items() if torch.is_tensor(value)}
+    for name, value in contents.items():
+        found = find_state_dicts(value, f"{key}{name}/") | found
+    for prefix in (name.removesuffix(last) for name in tensors if name.endswith(last)):
+        state = {name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)}
+        found.setdefault("ema" if "ema" in f"{key}{prefix}".lower() else "raw", state)
     return found
 
 
@@ -185,24 +180,23 @@ def course_config(weights):
     return {"model": model, "diffusion": diffusion, "data": {"image_size": 64}, "train": training}
 
 
+BEGINNINGS = {  # of files that should hold weights, and what such a file is
+    b"<": "a web page: the download was refused, so open the address in a browser",
+    b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
+    b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"pk": "a whole model or other Python objects, not weights alone (save model.state_dict()), or it is damaged",
+    b"\x80": "a pickle of more than weights (save model.state_dict() with torch.save), or it is damaged",
+    b"": "something else, or it is damaged",
+}
+
+
 def what_it_is(path):
     """What is in a file that should hold weights, in plain words."""
     with open(path, "rb") as file:
         start = file.read(1000).lstrip().lower()
-    if zipfile.is_zipfile(path):
-        with contextlib.suppress(zipfile.BadZipFile, ValueError, NotImplementedError), zipfile.ZipFile(path) as archive:
-            if not any(name.endswith("data.pkl") for name in archive.namelist()):
-                return "a zip archive: unpack it first"
-    for beginning, description in {
-        b"<": "a web page: the download was refused, so open the address in a browser",
-        b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
-        b"\x1f\x8b": "a gzip archive: unpack it first",
-        b"pk": "a whole model or other Python objects, not weights alone (save model.state_dict()), or it is damaged",
-        b"\x80": "a pickle of more than weights (save model.state_dict() with torch.save), or it is damaged",
-    }.items():
-        if start.startswith(beginning):
-            return description
-    return "something else, or it is damaged" if start else "empty"
+    if start.startswith(b"pk") and b"data.pkl" not in start:  # the first file in what torch.save writes
+        return "a zip archive: unpack it first"
+    return next(what for beginning, what in BEGINNINGS.items() if start.startswith(beginning)) if start else "empty"
 
 
 def find_kind(tensors, kind, config, path="the checkpoint"):

@@ -98,6 +98,16 @@ def tiny_config(**train):
     }
 
 
+@pytest.fixture(scope="session")
+def finished(tiny_data, tmp_path_factory):
+    """The folder of a run of 12 steps that nothing interrupted: to read only."""
+    from training import train
+
+    folder = tmp_path_factory.mktemp("finished")
+    train(tiny_config(), tiny_data, folder)
+    return folder
+
+
 @pytest.fixture
 def refused(capsys):
     """refused(main, *argv): the command ends with exit status 2 and one clear line, no traceback; returns the line."""
