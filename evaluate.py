@@ -1,6 +1,7 @@
 """How good samples are: Frechet and kernel distance, precision and recall, label agreement; bits/dim and noise error.
 
     python evaluate.py SAMPLES --data NAME            compare samples with the test split of a data set
+    python evaluate.py copying SAMPLES --data NAME    are they nearer to training images than to test images?
     python evaluate.py sanity --data NAME             do the measures order real, damaged and memorised images rightly?
     python evaluate.py noise-error CHECKPOINT         a model's held-out error of the predicted noise, against t
     python evaluate.py likelihood CHECKPOINT          a model's variational bound in bits/dim
@@ -14,6 +15,7 @@ and what they say about the real images are in checkpoints/, so comparing sample
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -263,16 +265,38 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, netw
     }
 
 
-def nearest_neighbours(samples: torch.Tensor, data: ImageData, net: FeatureNet, k: int = 1):
-    """For each sample (uint8, N x C x H x W) the k nearest images of `data`, in the features of a classifier.
+def nearest_neighbours(samples: torch.Tensor, data: ImageData, net: FeatureNet | None = None, k: int = 1):
+    """For each sample (uint8, N x C x H x W) the k nearest images of `data`: indices and distances, both N x k.
 
-    Returns their indices and distances, both N x k.
+    Distances are Euclidean, between pixels (0..255) or, where a classifier is given, between its features.
     """
-    features.check_shape(net, samples)
-    x = features_of(net, samples)[0].double()
-    parts = [squared_distances(x, features_of(net, part)[0].double()) for part in data.images.split(2000)]
-    nearest = torch.cat(parts, 1).topk(k, largest=False)
+
+    def embed(images):
+        return (features_of(net, images)[0] if net else images.flatten(1)).double()
+
+    if samples.shape[1:] != data.images.shape[1:]:
+        there, here = tuple(samples.shape[1:]), tuple(data.images.shape[1:])
+        raise UserError(f"the samples are {there} (channels, height, width), the images of {data.name} {here}")
+    x = embed(samples)
+    distances = torch.cat([squared_distances(x, embed(part)) for part in data.images.split(2000)], 1)
+    nearest = distances.topk(k, largest=False)
     return nearest.indices, nearest.values.sqrt()
+
+
+def copying(samples: torch.Tensor, train: ImageData, test: ImageData, seed: int = 0) -> dict:
+    """Of the samples' nearest neighbours among equally many training and test images, the share of training images.
+
+    1/2 where nothing is memorised, up to its (binomial) standard error. Neighbours by their pixels: a classifier has
+    seen the training images itself. samples: uint8 N x C x H x W.
+    """
+    count, g = min(len(train), len(test)), generator(seed)
+    distances = []
+    for data in (train, test):
+        some = data.images[torch.randperm(len(data), generator=g)[:count].sort().values]
+        distances.append(nearest_neighbours(samples, dataclasses.replace(data, images=some))[1][:, 0])
+    share = (distances[0] < distances[1]).double().mean().item()
+    error = math.sqrt(share * (1 - share) / len(samples))
+    return {"share_of_training_images": share, "standard_error": error, "images_of_each": count, "seed": seed}
 
 
 # --- a model against held-out images ------------------------------------------------------------------------------
@@ -411,12 +435,18 @@ def timestep_ranges(timesteps: int) -> list[int]:
 # --- quality against the guidance scale ---------------------------------------------------------------------------
 
 
+def interval(text: str) -> list[int] | None:
+    """An argparse type: 200-700 are the timesteps at which guidance acts, none is all."""
+    return None if text == "none" else [int(t) for t in text.split("-", 1)]
+
+
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a conditional checkpoint")
     add("--data", help="the data set to compare with (default: the one the model was trained on)")
     add("--weights", nargs="+", default=["raw", "ema"], help="raw, ema, or ema_BETA")
     add("--scales", nargs="+", type=utils.number(float, 0), default=[1, 1.25, 1.5, 2, 3, 5, 7.5], help="of guidance")
+    add("--intervals", nargs="+", type=interval, default=[None], help="timesteps to guide at, as 200-700; none: all")
     add("--n", type=positive, default=2000, help="samples per setting, spread over the classes")
     add("--sampler", choices=list(SAMPLERS), default="dpm", help="as for `sample`")
     add("--steps", type=positive, default=20, help="network evaluations per image")
@@ -428,13 +458,15 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
 
 def sweep_command(args) -> str:
     flags = vars(args) | {"weights": " ".join(args.weights), "scales": " ".join(f"{scale:g}" for scale in args.scales)}
-    names = ("checkpoint", "data", "weights", "scales", "n", "sampler", "steps", "seed", "out")
+    intervals = " ".join("-".join(map(str, where or ["none"])) for where in args.intervals)
+    flags["intervals"] = None if intervals == "none" else intervals
+    names = ("checkpoint", "data", "weights", "scales", "intervals", "n", "sampler", "steps", "seed", "out")
     given = [f"--{name} {flags[name]}" for name in names if flags[name] is not None]
     return " ".join(["python ddpm_conditional.py sweep", *given])
 
 
 def run_sweep(args) -> None:
-    """Measure the samples of each kind of weights at each guidance scale, but what --out already holds."""
+    """Measure the samples of each kind of weights at each scale and interval, but what --out already holds."""
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     # all of them before the work: one that is not there is refused at once
@@ -458,16 +490,18 @@ def run_sweep(args) -> None:
     features.check_shape(net, torch.empty(0, *shape))
     check_count(args.n, net.head.in_features)
     labels = torch.arange(args.n) % model.num_classes
-    for weights, scale in list(itertools.product(args.weights, args.scales))[len(result["rows"]) :]:
+    settings = list(itertools.product(args.weights, args.scales, args.intervals))
+    for weights, scale, where in settings[len(result["rows"]) :]:
         model, _, loaded = models[weights]
-        name = f"{weights}, cfg_scale {scale:g}"
+        name = f"{weights}, cfg_scale {scale:g}" + (f" for {where[0]} <= t <= {where[1]}" if where else "")
         bar = functools.partial(progress, unit="step", desc=name)
         with utils.autocast(device):
-            guide = predictor(model, labels, scale)
+            guide = predictor(model, labels, scale, where)
             batches = diffusion.sample_batches(guide, args.n, shape, seed=args.seed, progress=bar, **sampler)
             images = torch.cat([utils.to_uint8(x) for x in batches])
         quality = evaluate_samples(images, labels, data_name)
-        result["rows"].append({"weights": weights, "cfg_scale": scale, "kind": loaded["weights"], "quality": quality})
+        setting = {"weights": weights, "cfg_scale": scale, "cfg_interval": where, "kind": loaded["weights"]}
+        result["rows"].append(setting | {"quality": quality})
         distance, agreement = quality.get("frechet_distance", math.nan), quality["labels"]["agreement"]
         say(f"{name}: Frechet distance {distance:.2f}, label agreement {agreement:.1%}")
         utils.write_json(args.out, result)
@@ -554,6 +588,13 @@ def run_samples(args) -> dict:
     return sample_file(args.samples) | result
 
 
+def run_copying(args) -> dict:
+    images, _ = utils.load_samples(args.samples)
+    splits = features.load_splits(args.data, images.shape[-1], images.shape[1])
+    about = {"data": splits[0].name, "samples": len(images)}
+    return sample_file(args.samples) | about | copying(images, *splits, args.seed)
+
+
 def run_model(measure, args) -> dict:
     """noise-error and likelihood: the checkpoint, its images, the measurement."""
     model, diffusion, config = load_checkpoint(args.checkpoint, args.weights, utils.pick_device(args.device))
@@ -564,6 +605,7 @@ def run_model(measure, args) -> dict:
 
 COMMANDS = {
     "samples": (run_samples, "compare samples with a data set's test split (`samples` may be left out)"),
+    "copying": (run_copying, "the share of training images among the samples' nearest neighbours"),
     "sanity": (lambda args: sanity(args.data, args.seed), "do the measures order real and damaged images rightly?"),
     "noise-error": (lambda args: run_model(noise_error, args), "squared error of the predicted noise on test images"),
     "likelihood": (lambda args: run_model(variational_bound, args), "variational bound on test images, in bits/dim"),
@@ -583,8 +625,9 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--json-out", type=Path, help="also write the result to this file")
         command.set_defaults(run=run)
         add[name] = command.add_argument
-    add["samples"]("samples", type=Path, help=".npz, .npy, or a folder of pictures")
-    for name in ("samples", "sanity"):
+    for name in ("samples", "copying"):
+        add[name]("samples", type=Path, help=".npz, .npy, or a folder of pictures")
+    for name in ("samples", "copying", "sanity"):
         add[name]("--data", required=True, help="fashion_mnist, cifar10, ...: the data set to compare with")
     add["samples"]("--features", help="whose classifier's features, or inception (default: the data set's own)")
     add["samples"]("--bootstrap", type=natural, default=100, help="draws for the Frechet distance's interval")

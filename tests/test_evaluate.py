@@ -126,17 +126,33 @@ def test_label_agreement():
             evaluate.label_agreement(logits[:1], torch.tensor([label]), ["a", "b"])
 
 
-def test_nearest_neighbours_brute_force():
+@pytest.mark.parametrize("by", ["pixels", "features"])
+def test_nearest_neighbours_brute_force(by):
     torch.manual_seed(0)
-    net = features.FeatureNet(1, 6, 2, [4, 8], [1]).eval()
+    net = features.FeatureNet(1, 6, 2, [4, 8], [1]).eval() if by == "features" else None
     images = torch.randint(256, (30, 1, 6, 6), generator=generator(1), dtype=torch.uint8)
     data = ImageData(images, None, [], "toy", False, 6)
     index, distance = evaluate.nearest_neighbours(images[[20, 3]], data, net, k=4)
     assert index[:, 0].tolist() == [20, 3]
-    x = net(to_model(images))[0].detach().double()
+    x = (net(to_model(images))[0].detach() if net else images.flatten(1)).double()
     np.testing.assert_allclose(distance, torch.cdist(x[[20, 3]], x).sort(1).values[:, :4], atol=1e-6)
-    with pytest.raises(UserError, match="expects 6 x 6 x 1"):
+    with pytest.raises(UserError, match="the images of toy"):
         evaluate.nearest_neighbours(images[..., :4], data, net)
+
+
+@pytest.mark.parametrize("copies, share", [(0, 0.5), (100, 0.75), (200, 1.0)])
+def test_copying(copies, share):
+    """Of 200 samples, so many are slightly changed training images; the others are images of their own."""
+    images = torch.randint(256, (900, 1, 6, 6), generator=generator(1), dtype=torch.uint8)
+    train, test = (ImageData(x, None, [], "toy", False, 6) for x in (images[:500], images[500:700]))
+    samples = images[700:].clone()
+    seen = torch.randperm(500, generator=generator(0))[:200]  # equally many of both
+    samples[:copies] = images[seen[:copies]] ^ 1
+    result = evaluate.copying(samples, train, test)
+    assert result["images_of_each"] == 200
+    p = result["share_of_training_images"]
+    assert abs(p - share) <= 3 * 0.5 / math.sqrt(200) * (copies < 200)
+    assert result["standard_error"] == pytest.approx(scipy.stats.binom(200, p).std() / 200)
 
 
 # --- likelihood and noise error -----------------------------------------------------------------------------------
