@@ -64,10 +64,10 @@ def add_train_flags(parser, conditional, shape):
     add("--image-size", type=number(int, 1, 4096), help="side of the training images (default: the data's own)")
     add("--channels", type=int, choices=[1, 3], help="grey or RGB (default: the data's own)")
     add("--flip", action=argparse.BooleanOptionalAction, help="random horizontal flips (default: as suits the data)")
-    add("--schedule", choices=list(SCHEDULES), default="linear", help="the beta schedule")
-    add("--timesteps", type=positive, default=1000, metavar="T", help="steps of the diffusion process")
+    add("--schedule", choices=list(SCHEDULES), help="the beta schedule (default: linear, or that of --init)")
+    add("--timesteps", type=positive, metavar="T", help="steps of the process (default: 1000, or those of --init)")
     add("--loss", choices=list(LOSSES), default="l2", help="between true and predicted noise")
-    add("--objective", choices=list(OBJECTIVES), default="simple", help="vlb: the bound's true weights (l2 only)")
+    add("--objective", choices=list(OBJECTIVES), help="default: simple; vlb: the bound's true weights (l2 only)")
     sampling = "how t is drawn; vlb: in proportion to the bound's weights"
     add("--timestep-sampling", choices=list(training.TIMESTEP_SAMPLING), default="uniform", help=sampling)
     length = parser.add_mutually_exclusive_group()
@@ -89,7 +89,9 @@ def add_train_flags(parser, conditional, shape):
     add("--attention", action=argparse.BooleanOptionalAction, help="linear attention at the outer levels (patch)")
     beta = {"type": number(float, 0, 0.999999), "nargs": "+", "default": [0.995]}
     add("--ema-beta", dest="ema_betas", **beta, help="one or more averages to keep")
-    add("--ema-start", type=number(int, 0), default=500, help="the average is a plain copy until this step")
+    add(
+        "--ema-start", type=number(int, 0), help="the average is a plain copy until this step (default: 500; --init: 0)"
+    )
     if conditional:
         add("--p-uncond", type=number(float, 0, 1), default=0.1, help="how often the label is dropped")
         add("--label-dropout", choices=["example", "batch"], default="example", help="one coin per image, or per batch")
@@ -99,7 +101,7 @@ def add_train_flags(parser, conditional, shape):
     add("--sample-every", type=number(int, 0), default=500, help="steps between sample grids; 0: none")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--resume", action="store_true", help="go on with an interrupted run; starts one where there is none")
-    init = "start from the weights of a checkpoint (use --ema-start 0 to keep its average)"
+    init = "start from a checkpoint: its weights and averages, its network's shape, its process"
     add("--init", type=Path, metavar="CHECKPOINT", help=init)
 
 
@@ -134,23 +136,35 @@ def add_sample_flags(parser, conditional):
 # --- train -----------------------------------------------------------------------------------------------------------
 
 
-def make_config(args, data):
-    """The run's configuration, from the flags and the data. PatchUNet's shape is the script's but for given flags."""
+def make_model(args, data, start):
+    """The network's configuration: that of `start`, or the script's own, but for the flags that are given."""
     given = {flag: value for flag in SHAPE_FLAGS if (value := getattr(args, flag)) is not None}
-    if args.model == "course" and (useless := [flag for flag in given if flag != "width"]):
-        raise UserError(f"--model course has a shape of its own: leave {to_flag(useless[0], given[useless[0]])} out")
-    own = args.data not in DATASETS
-    default = OWN_SHAPE if own and data.image_size >= 48 and data.image_size % 16 == 0 else args.shape
-    shape = (default if args.model == "patch" else {}) | given
-    model = {"name": MODELS[args.model], "channels": data.images.shape[1]} | shape
-    if args.conditional:
-        model["num_classes"] = len(data.classes)
-        if args.model == "course":
-            model["name"] = "UNet_conditional"
-    if args.objective == "vlb" and args.loss != "l2":
+    if start:
+        base = dict(start["model"])
+    elif args.model == "course":
+        base = {"name": "UNet"}
+    else:
+        large = args.data not in DATASETS and data.image_size >= 48 and data.image_size % 16 == 0
+        base = {"name": "PatchUNet"} | (OWN_SHAPE if large else args.shape)
+    if base["name"] != "PatchUNet":
+        if useless := [to_flag(flag, value) for flag, value in given.items() if flag != "width"]:
+            raise UserError(f"the course's network has a shape of its own: leave {useless[0]} out")
+        base["name"] = "UNet_conditional" if args.conditional else "UNet"
+    base.pop("num_classes", None)
+    classes = {"num_classes": len(data.classes)} if args.conditional else {}
+    return base | given | classes | {"channels": data.images.shape[1]}
+
+
+def make_config(args, data):
+    """The run's configuration, from the flags and the data; with --init, the checkpoint's network and process."""
+    start = weights.read_checkpoint(args.init)[1] if args.init else None
+    diffusion = {"timesteps": 1000, "schedule": "linear", "objective": "simple"} | (start["diffusion"] if start else {})
+    diffusion |= {name: value for name in diffusion if (value := getattr(args, name)) is not None}
+    if diffusion["objective"] == "vlb" and args.loss != "l2":
         raise UserError(f"--objective vlb is defined for --loss l2 only, not {args.loss}")
-    if args.objective == args.timestep_sampling == "vlb":
+    if diffusion["objective"] == args.timestep_sampling == "vlb":
         raise UserError("--objective vlb and --timestep-sampling vlb would count the bound's weights twice: choose one")
+    own = args.data not in DATASETS
     batch_size = args.batch_size or (OWN_BATCH_SIZE if own else BATCH_SIZE)
     steps = None if args.minutes else max(1, round((args.epochs or EPOCHS) * len(data) / batch_size))
     if steps and steps > training.MAX_STEPS:
@@ -158,8 +172,8 @@ def make_config(args, data):
     if own and steps and not args.epochs:
         steps = max(steps, OWN_STEPS)
     return {
-        "model": model,
-        "diffusion": {"timesteps": args.timesteps, "schedule": args.schedule, "objective": args.objective},
+        "model": make_model(args, data, start),
+        "diffusion": diffusion,
         "data": {
             **{name: getattr(data, name) for name in ("name", "image_size", "flip", "classes")},
             "images": len(data),
@@ -169,14 +183,15 @@ def make_config(args, data):
             **{name: getattr(args, name, None) for name in training.DEFAULTS},
             "steps": steps,
             "batch_size": batch_size,
-            "init": describe_init(args.init) if args.init else None,
+            "ema_start": (0 if start else training.DEFAULTS["ema_start"]) if args.ema_start is None else args.ema_start,
+            "init": describe_init(args.init, start) if start else None,
         },
     }
 
 
-def describe_init(path):
+def describe_init(path, config):
     """What a run remembers of the checkpoint that it starts from; "images": how many that one had seen."""
-    file, (_, config) = weights.find_checkpoint(path), weights.read_checkpoint(path)
+    file = weights.find_checkpoint(path)
     return {"checkpoint": file.name, "sha256": utils.sha256(file), "images": weights.images_seen(config["train"])}
 
 
@@ -191,7 +206,10 @@ def say_what_to_expect(args, data, config):
     if args.data not in DATASETS and not (args.epochs or args.minutes):
         length = f"{steps:,} steps of {batch_size} images, {steps * batch_size / len(data):,.0f} passes over yours"
         say(f"{length}: fewer show little (--epochs or --minutes decide otherwise)")
-    timesteps, schedule = args.timesteps, args.schedule
+    if args.data not in DATASETS and not args.init and data.images.shape[1] == 3:
+        shipped = "cifar10_conditional" if args.conditional else "landscapes"
+        say(f"a network that knows other photographs learns yours sooner: --init checkpoints/{shipped}.safetensors")
+    timesteps, schedule = config["diffusion"]["timesteps"], config["diffusion"]["schedule"]
     weights.build_diffusion(config["diffusion"])  # refuses what is out of range
     left = {name: (1 - beta_schedule(name, timesteps)).prod().item() for name in SCHEDULES}
     if left[schedule] > 0.01:

@@ -97,7 +97,7 @@ def check_free(args, names):
 
 def check_measurable(args):
     """Raise UserError where `measure` would: better before the training than after it."""
-    if args.timesteps < SAMPLER["steps"]:
+    if args.timesteps and args.timesteps < SAMPLER["steps"]:
         raise UserError(f"the experiments are sampled in {SAMPLER['steps']} steps: --timesteps must be at least that")
     net = load_features(args.data)
     check_shape(net, load_data(args.data, "test", args.image_size).images[:1])

@@ -300,6 +300,21 @@ def test_init(runs, idx_folder, tmp_path, refused):
     assert not (tmp_path / "other/config.json").exists() and not list(tmp_path.glob("other/state*"))
 
 
+def test_init_brings_its_network_and_process(runs, idx_folder, tmp_path):
+    """Unless flags say otherwise; the averages go on from the checkpoint's at once."""
+    flags = ["--data", idx_folder, "--epochs", 0.01, "--image-size", 8, "--width", 12, "--mults", 1, "--no-attention"]
+    flags += ["--batch-size", 16, "--sample-every", 0, "--precision", "float32"]
+    run(ddpm.main, "train", *flags, "--schedule", "cosine", "--timesteps", 30, "--out", tmp_path / "first")
+    trained = read_checkpoint(tmp_path / "first")[1]
+    flags = [*flags[:6], *flags[11:], "--init", tmp_path / "first"]
+    for more, change in ([], {}), (["--schedule", "linear"], {"schedule": "linear"}):
+        out = tmp_path / f"second{len(more)}"
+        run(ddpm.main, "train", *flags, *more, "--out", out)
+        config = read_checkpoint(out)[1]
+        assert config["model"] == trained["model"] and config["diffusion"] == trained["diffusion"] | change
+        assert config["train"]["ema_start"] == 0 < trained["train"]["ema_start"]
+
+
 def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, refused):
     """Results of experiments that other machines ran stay; what is finished is neither trained nor measured again."""
     measured = []
