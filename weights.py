@@ -261,7 +261,7 @@ def load_weights(model, weights, path):
     """load_state_dict, but an error names the first tensor that does not fit."""
     own = model.state_dict()
     for name in [*own, *weights]:
-        there, here = (tuple(w[name].shape) if name in w else "nothing" for w in (weights, own))
+        there, here = (tuple(w[name].shape) if name in w else "missing" for w in (weights, own))
         if there != here:
             raise UserError(f"{path} does not fit the network: {name} is {there} in the file, {here} in the network")
     model.load_state_dict(weights)

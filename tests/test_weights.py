@@ -65,8 +65,8 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, tiny_data, save):
     [
         ({"width": 12}, {}, r"time_mlp.0.weight is \(32, 8\) in the file, \(48, 12\) in the network"),
         ({"num_classes": 3}, {}, r"label_emb.weight is \(2, 32\) in the file, \(3, 32\) in the network"),
-        ({}, {"stem.bias": None}, r"stem.bias is nothing in the file, \(8,\) in the network"),
-        ({}, {"extra": torch.zeros(2)}, r"extra is \(2,\) in the file, nothing in the network"),
+        ({}, {"stem.bias": None}, r"stem.bias is missing in the file, \(8,\) in the network"),
+        ({}, {"extra": torch.zeros(2)}, r"extra is \(2,\) in the file, missing in the network"),
     ],
 )
 def test_mismatch_names_the_first_tensor(finished, tmp_path, model, change, message):

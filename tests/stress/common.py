@@ -71,7 +71,7 @@ def unreadable(folder):
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest()[:16] != path.stem.split("_")[-1]:
             bad.append(path.name)
-    for path in Path(folder).glob("*.safetensors"):
+    for path in Path(folder).glob("[!.]*.safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
                 [file.get_tensor(name) for name in file.keys()]

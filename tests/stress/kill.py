@@ -116,7 +116,7 @@ def main():
             else:
                 sys.exit(f"a resumed run failed with status {status}: its folder was {os.listdir(folder)}")
             print(f"\r{sum(kills.values())} kills, {finished} runs finished", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
+        print("", *broken, file=sys.stderr)
         record(
             "kill",
             {
