@@ -87,7 +87,7 @@ def show():
     scale = widgets.SelectionSlider(options=SCALES, value=3.0, description="guidance", **lazy)
     interval = widgets.IntRangeSlider(value=(0, 999), min=0, max=999, description="guided for t", **lazy)
     sampler = widgets.ToggleButtons(options=list(SAMPLERS), value="dpm", description="sampler")
-    steps = widgets.IntSlider(value=15, min=2, max=100, description="steps", **lazy)
+    steps = widgets.IntSlider(value=10, min=2, max=100, description="steps", **lazy)
     ema = widgets.Checkbox(value=True, description="averaged weights (EMA)")
     seed = widgets.BoundedIntText(value=0, max=9999, description="seed")
     surprise = widgets.Button(description="surprise me", icon="random")

@@ -98,8 +98,9 @@ def claims(value, data=None):
     data, features = value.get("data", data), value.get("features")
     if {"name", "sha256", "config"} <= value.keys():  # a row of grid.json
         yield f"grid_{value['name']}.safetensors", value["sha256"]
-    if value.get("checkpoint") not in (None, "model.safetensors"):  # a run's own need not ship
-        yield Path(value["checkpoint"]).name, value.get("sha256")
+    checkpoint = value.get("checkpoint")
+    if isinstance(checkpoint, str) and checkpoint != "model.safetensors":  # a run's own, which need not ship
+        yield Path(checkpoint).name, value.get("sha256")
     if isinstance(features, dict):
         yield f"features_{features.get('name')}.safetensors", features.get("sha256")
         if features.get("name") == data and isinstance(value.get("reference"), dict):  # others are computed

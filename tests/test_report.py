@@ -136,6 +136,7 @@ def test_a_computed_reference_need_not_ship(folders):
         "features": {"name": "y", "sha256": figures.sha256(weights)},
         "reference": {"sha256": "0" * 64},
         "config": {"train": {"init": {"checkpoint": "z.safetensors", "sha256": "0" * 64}}},
+        "how many": {"checkpoint": 3},
     }
     (folders / "RESULTS" / "numbers.json").write_text(json.dumps(result))
     assert build.available()["results"] == ["numbers"]

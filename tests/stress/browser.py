@@ -9,6 +9,7 @@ The notebooks themselves stay as they are: copies of them run in a temporary fol
 
 import argparse
 import contextlib
+import re
 import shutil
 import socket
 import subprocess
@@ -122,7 +123,10 @@ def check_playground(args):
             return seconds, after
 
         settle()
-        button = lambda name: page.get_by_role("button", name=name, exact=True)  # noqa: E731
+
+        def button(name):  # an icon may come before its name
+            return page.get_by_role("button", name=re.compile(rf"(^|\W){re.escape(name)}$"))
+
         height = picture.bounding_box()["height"]
         seconds, trouser = draw("class Trouser", lambda: button("Trouser").click())
         draw("class Bag", lambda: button("Bag").click())
