@@ -145,11 +145,16 @@ def check_writable(path: str | Path) -> None:
         raise EOFError  # any error but one in writing would do: nothing is kept
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, with errors in one line and every flag's default in --help."""
 
     def __init__(self, **settings):
-        super().__init__(**{"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | settings)
+        super().__init__(**{"formatter_class": HelpFormatter} | settings)
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
