@@ -141,6 +141,8 @@ def make_model(args, data, start):
     given = {flag: value for flag in SHAPE_FLAGS if (value := getattr(args, flag)) is not None}
     if start:
         base = dict(start["model"])
+        if args.model == "course" and base["name"] == "PatchUNet":
+            raise UserError(f"--init {args.init} brings a network of this project: leave --model course out")
     elif args.model == "course":
         base = {"name": "UNet"}
     else:
@@ -206,8 +208,8 @@ def say_what_to_expect(args, data, config):
     if args.data not in DATASETS and not (args.epochs or args.minutes):
         length = f"{steps:,} steps of {batch_size} images, {steps * batch_size / len(data):,.0f} passes over yours"
         say(f"{length}: fewer show little (--epochs or --minutes decide otherwise)")
-    if args.data not in DATASETS and not args.init and data.images.shape[1] == 3:
-        shipped = "cifar10_conditional" if args.conditional else "landscapes"
+    if args.data not in DATASETS and not args.init and data.images.shape[1] == 3 and data.image_size % 8 == 0:
+        shipped = "cifar10_conditional" if args.conditional and data.image_size < 48 else "landscapes"
         say(f"a network that knows other photographs learns yours sooner: --init checkpoints/{shipped}.safetensors")
     timesteps, schedule = config["diffusion"]["timesteps"], config["diffusion"]["schedule"]
     weights.build_diffusion(config["diffusion"])  # refuses what is out of range

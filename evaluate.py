@@ -437,7 +437,12 @@ def timestep_ranges(timesteps: int) -> list[int]:
 
 def interval(text: str) -> list[int] | None:
     """An argparse type: 200-700 are the timesteps at which guidance acts, none is all."""
-    return None if text == "none" else [int(t) for t in text.split("-", 1)]
+    if text == "none":
+        return None
+    low, high = map(int, text.split("-"))
+    if low > high:
+        raise argparse.ArgumentTypeError(f"{text} is not an interval of timesteps, such as 200-700")
+    return [low, high]
 
 
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
@@ -476,6 +481,8 @@ def run_sweep(args) -> None:
         raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
     if args.steps > diffusion.timesteps:
         raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
+    if any(where and where[0] >= diffusion.timesteps for where in args.intervals):
+        raise UserError(f"--intervals must begin below the model's {diffusion.timesteps} timesteps")
     data_name, shape = args.data or config["data"].get("name"), image_shape(model, config)
     if data_name is None:
         raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")

@@ -241,7 +241,7 @@ def _read_idx(path: Path) -> np.ndarray:
 
 
 def _read_parquet(pattern: Path) -> tuple[np.ndarray, np.ndarray]:
-    from pyarrow import parquet  # which `datasets` brings along
+    from pyarrow import parquet  # late: few need it
 
     try:
         table = parquet.read_table([str(path) for path in sorted(pattern.parent.glob(pattern.name))])

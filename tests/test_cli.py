@@ -294,6 +294,8 @@ def test_init(runs, idx_folder, tmp_path, refused):
     torch.testing.assert_close(
         after["ema_0.9/stem.weight"], 0.9 * before["ema/stem.weight"] + 0.1 * before["raw/stem.weight"]
     )
+    error = refused(ddpm.main, *flags[:3], "--init", published, "--model", "course", "--out", tmp_path / "other")
+    assert "leave --model course out" in error
     assert "nowhere" in refused(ddpm.main, *flags, "--init", tmp_path / "nowhere", "--out", tmp_path / "new")
     error = refused(ddpm.main, *flags, "--width", 16, "--out", tmp_path / "other")
     assert "does not fit" in error and "published.safetensors" in error
@@ -652,6 +654,9 @@ def test_bad_sweep(plain, classes, tmp_path, refused, monkeypatch):
         (course, ["--weights", "raw"], "add --data"),
         (course, ["--weights", "raw", "--data", "fashion_mnist"], "64 x 64"),
         (classes, ["--steps", 21], "more than the model's 20 timesteps"),
+        (classes, ["--intervals", "20-30"], "must begin below the model's 20 timesteps"),
+        (classes, ["--intervals", "none", "9-5"], "9-5 is not an interval of timesteps"),
+        (classes, ["--intervals", "5"], "invalid interval value: '5'"),
         (classes, ["--out", "not.json"], "not.json"),
         (classes, ["--out", "other.json"], "other settings or weights"),
         (classes, ["--weights", "raw", "bogus"], "has no bogus"),
