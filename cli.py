@@ -20,7 +20,7 @@ from utils import UserError, natural, number, positive, say
 MODELS = {"patch": "PatchUNet", "course": "UNet"}
 SHAPE_FLAGS = ["width", "mults", "depth", "patch", "block", "attention"]  # PatchUNet's
 EPOCHS, BATCH_SIZE = 5, 128
-# Of one's own images there may be few. So many steps of so many images take two cores ten minutes at 64 x 64, where
+# Of one's own images there may be few. So many steps of so many images take two cores six minutes at 64 x 64, where
 # most of this network's work is at low resolution. It needs sides that 16 divides, and is for 48 x 48 and more.
 OWN_STEPS, OWN_BATCH_SIZE = 2000, 32
 OWN_SHAPE = {"patch": 2, "width": 24, "mults": [1, 2, 4, 8], "attention": False}
