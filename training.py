@@ -231,14 +231,8 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
         if batch_size % (world * accumulate):
             parts = f"processes x --accumulate = {world * accumulate}"
             raise UserError(f"--batch-size {batch_size} must be a multiple of {parts}")
-        refusal = None
         if rank == 0:
-            try:
-                stack.enter_context(locked(out))
-            except (UserError, OSError) as error:
-                refusal = error
-        if refusal := gather(refusal, world)[0]:  # or the others would wait for process 0
-            raise refusal
+            stack.enter_context(locked(out))
         stop_requested = stack.enter_context(stop_signals())  # before the first state, which says that a run can go on
         try:
             folder = RunFolder(out, rank, world)
@@ -251,16 +245,13 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
                     run.start_from(init)
                 folder.save(run)
             make_all_steps(run, folder, stop_requested, minutes, sample_every)
-        except (MemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if "closed by peer" in str(error):
                 raise UserError("another process has failed: see its message") from error
             if options.get("compiled") and isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 reason = "torch.compile does not work here (has this machine a C++ compiler?)"
                 raise UserError(f"{reason}: leave --compile out") from error
-            if not utils.is_out_of_memory(error):
-                raise
-            parts = f"the same batch in smaller parts with --accumulate {2 * accumulate}"
-            raise UserError(f"out of memory: try --batch-size {max(1, batch_size // 2)}, or {parts}") from error
+            raise
     return out / "model.safetensors"
 
 
@@ -274,33 +265,29 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
     shown = {"unit": "step", "desc": folder.path.name, "disable": run.rank > 0}
     bar = utils.progress(total=settings["steps"], initial=run.step, **shown)
     # The first step also warms up, and compiles: it is not timed.
-    timed_to = TIMED_STEPS if settings["steps"] is None else run.step + 6
-    timed_from, started = min(run.step + 1, timed_to - 1), time.monotonic()
+    timed_from, started = min(run.step + 1, TIMED_STEPS - 1), time.monotonic()
     every = 1 if run.device.type == "cpu" else 10  # reading a loss makes a GPU wait: look at ten at a time
     with bar:
         for loss in steps(run):
             unread.append(loss)
             bar.update()
             grid_is_due = sample_every and run.step % sample_every == 0
-            if run.step % every and run.step not in (timed_from, timed_to, settings["steps"]) and not grid_is_due:
+            if run.step % every and run.step not in (timed_from, TIMED_STEPS, settings["steps"]) and not grid_is_due:
                 continue
             folder.read_losses(run, unread)
             bar.set_postfix(loss=f"{sum(run.losses[-100:]) / len(run.losses[-100:]):.4f}", refresh=False)
             if run.step == timed_from:
                 started = time.monotonic()
-            elif run.step == timed_to:
-                seconds = (time.monotonic() - started) / (timed_to - timed_from)
-                if settings["steps"] is None:
-                    wanted = min(MAX_STEPS, gather(round(60 * minutes / seconds), run.world)[0])
-                    settings["steps"] = max(run.step, wanted)
-                    made = f", and {run.step} are made already" if wanted < run.step else ""
-                    tell(f"{minutes:g} minutes are {wanted} steps here{made}")
-                    tell_if_short(run)
-                    bar.reset(total=settings["steps"])
-                    bar.update(run.step)
-                    folder.save(run)
-                elif (left := (settings["steps"] - run.step) * seconds / 60) > 1:
-                    tell(f"{settings['steps']:,} steps: {left:.0f} more minutes here")
+            elif run.step == TIMED_STEPS and settings["steps"] is None:
+                seconds = (time.monotonic() - started) / (TIMED_STEPS - timed_from)
+                wanted = min(MAX_STEPS, gather(round(60 * minutes / seconds), run.world)[0])
+                settings["steps"] = max(run.step, wanted)
+                made = f", and {run.step} are made already" if wanted < run.step else ""
+                tell(f"{minutes:g} minutes are {wanted} steps here{made}")
+                tell_if_short(run)
+                bar.reset(total=settings["steps"])
+                bar.update(run.step)
+                folder.save(run)
             if grid_is_due and run.rank == 0:
                 folder.sample_grid(run, stop_requested)
             if any(gather(stop_requested(), run.world)):
@@ -347,12 +334,6 @@ def check_settings(config, started, out):
 class RunFolder:
     """A run's folder: its states, grids and finished weights. Process 0 alone writes."""
 
-    # The names that a run gives its files while it writes them, so that no other file in its folder is ever deleted.
-    HALF_WRITTEN = [
-        name.format("-" + "[0-9a-f]" * 8)
-        for name in (".state_*{}.pt", ".samples_*{}.png", ".model{}.safetensors", ".config{}.json")
-    ]
-
     def __init__(self, path, rank=0, world=1):
         self.path, self.rank, self.world = path, rank, world
         self.states, self.last_step = [], None
@@ -361,14 +342,13 @@ class RunFolder:
     def open(self, config, resume):
         """The state to go on from, None for a new run. Raises UserError.
 
-        Settings that depend on the machine's speed are taken over from it; what a kill left behind is cleared away.
+        Settings that depend on the machine's speed are taken over from it; a state that a kill left half written goes.
         """
         state, path = weights.load_state(self.path)
         gather(None, self.world)  # process 0 writes to the folder only when all have read it
         if self.rank == 0:
-            older = [p for p in sorted(self.path.glob(weights.STATES)) if path and p < path]
-            for leftover in (*(p for half in self.HALF_WRITTEN for p in self.path.glob(half)), *older[:-1]):
-                leftover.unlink()
+            for half_written in self.path.glob(f".state_*-{'[0-9a-f]' * 8}.pt"):
+                half_written.unlink()
         if state is None:
             if (self.path / "model.safetensors").exists():
                 raise UserError(f"{self.path} holds a finished run: use another --out, or delete it")

@@ -58,7 +58,7 @@ def command_line(main: Callable[[], int | None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        message = "out of memory: try a smaller --batch-size, --n or --image-size"
+        message = "out of memory: try a smaller --batch-size, --n or --image-size, or --accumulate"
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 

@@ -538,7 +538,7 @@ def test_damaged_states(finished, tiny_data, tmp_path, interrupt, capsys, damage
 def test_no_memory_for_a_state_is_not_damage(tiny_data, tmp_path, interrupt, monkeypatch):
     states = interrupt(tmp_path, 3, 6)
     monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
-    with pytest.raises(UserError, match="out of memory"):
+    with pytest.raises(MemoryError):
         train(tiny_config(), tiny_data, tmp_path, resume=True)
     assert sorted(tmp_path.glob("state_*.pt")) == list(states)
 
@@ -597,15 +597,6 @@ def test_what_is_not_finite_is_not_saved(tiny_data, tmp_path, monkeypatch, setti
     with pytest.raises(UserError, match=f"not finite {where} .*try a smaller --lr; the last good state is step 0"):
         train(tiny_config(**settings), tiny_data, tmp_path)
     assert load_state(tmp_path)[0]["step"] == 0 and not (tmp_path / "model.safetensors").exists()
-
-
-def test_out_of_memory_says_which_batch_size_to_try(tiny_data, tmp_path, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-
-    monkeypatch.setattr(training, "draw_batch", fail)
-    with pytest.raises(UserError, match="out of memory: try --batch-size 4, .*--accumulate 2"):
-        train(tiny_config(), tiny_data, tmp_path)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
