@@ -226,11 +226,11 @@ def run_train(args):
     if args.flip is not None:
         data.flip = args.flip
     config = make_config(args, data)
-    if training.is_main():
+    if utils.is_main():
         say_what_to_expect(args, data, config)
     options = ("resume", "device", "minutes", "sample_every", "init", "accumulate", "compiled")
     path = training.train(config, data, args.out, **{name: getattr(args, name) for name in options})
-    if training.is_main():
+    if utils.is_main():
         print(f"wrote {path}")
 
 

@@ -15,7 +15,6 @@ import torch
 
 import cli
 import evaluate
-import training
 import utils
 from ddpm import LOSSES, SCHEDULES
 from features import check_shape, load_features, load_splits
@@ -47,25 +46,17 @@ SAMPLER = {"sampler": "ddpm", "steps": 100, "seed": 0}
 
 
 def run_grid(args):
-    """Train, measure and publish the experiments one by one; what was interrupted or is longer now goes on.
-
-    Several of these commands share the work: an experiment that another process holds is left to it.
-    """
+    """Train, measure and publish the experiments one by one; what was interrupted or is longer now goes on."""
     names = args.only or list(GRID)
     check_free(args, names)
     check_measurable(args)
     for i, name in enumerate(names):
         folder = args.out / name
         say(f"{name} ({i + 1} of {len(names)})")
-        try:
-            cli.run_train(argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True}))
-            if training.is_main():
-                with training.locked(folder):
-                    if not is_measured(folder, args.n):
-                        measure(name, folder, args.data, args.n, args.device)
-        except training.Held as held:
-            say(str(held))
-    if training.is_main():
+        cli.run_train(argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True}))
+        if utils.is_main() and not is_measured(folder, args.n):
+            measure(name, folder, args.data, args.n, args.device)
+    if utils.is_main():
         finished = [args.out / name / "result.json" for name in EXPERIMENTS]
         results = [json.loads(path.read_text()) for path in finished if path.exists()]
         utils.write_json(args.out / "grid.json", results)

@@ -260,34 +260,34 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
     settings, unread = run.config["train"], []
     if settings["steps"] is not None:
         if minutes and run.step >= settings["steps"]:
-            tell(f"the run's length was fixed at {run.step} steps: --epochs makes it longer, --minutes does not")
+            say(f"the run's length was fixed at {run.step} steps: --epochs makes it longer, --minutes does not")
         tell_if_short(run)
     shown = {"unit": "step", "desc": folder.path.name, "disable": run.rank > 0}
     bar = utils.progress(total=settings["steps"], initial=run.step, **shown)
     # The first step also warms up, and compiles: it is not timed.
-    timed_from, started = min(run.step + 1, TIMED_STEPS - 1), time.monotonic()
+    timed_to = TIMED_STEPS if settings["steps"] is None else run.step + 6
+    timed_from, started = min(run.step + 1, timed_to - 1), time.monotonic()
     every = 1 if run.device.type == "cpu" else 10  # reading a loss makes a GPU wait: look at ten at a time
     with bar:
         for loss in steps(run):
             unread.append(loss)
             bar.update()
             grid_is_due = sample_every and run.step % sample_every == 0
-            if run.step % every and run.step not in (timed_from, TIMED_STEPS, settings["steps"]) and not grid_is_due:
+            if run.step % every and run.step not in (timed_from, timed_to, settings["steps"]) and not grid_is_due:
                 continue
             folder.read_losses(run, unread)
             bar.set_postfix(loss=f"{sum(run.losses[-100:]) / len(run.losses[-100:]):.4f}", refresh=False)
             if run.step == timed_from:
                 started = time.monotonic()
-            elif run.step == TIMED_STEPS and settings["steps"] is None:
-                seconds = (time.monotonic() - started) / (TIMED_STEPS - timed_from)
-                wanted = min(MAX_STEPS, gather(round(60 * minutes / seconds), run.world)[0])
-                settings["steps"] = max(run.step, wanted)
-                made = f", and {run.step} are made already" if wanted < run.step else ""
-                tell(f"{minutes:g} minutes are {wanted} steps here{made}")
-                tell_if_short(run)
-                bar.reset(total=settings["steps"])
-                bar.update(run.step)
-                folder.save(run)
+            elif run.step == timed_to:
+                seconds = (time.monotonic() - started) / (timed_to - timed_from)
+                if settings["steps"] is None:
+                    fix_length(run, round(60 * minutes / seconds))
+                    bar.reset(total=settings["steps"])
+                    bar.update(run.step)
+                    folder.save(run)
+                elif (left := (settings["steps"] - run.step) * seconds / 60) > 1:
+                    say(f"{settings['steps']:,} steps: {left:.0f} more minutes here")
             if grid_is_due and run.rank == 0:
                 folder.sample_grid(run, stop_requested)
             if any(gather(stop_requested(), run.world)):
@@ -300,12 +300,21 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
     folder.finish(run)
 
 
+def fix_length(run, wanted):
+    """--minutes: the run has as many steps as process 0 has time for, and at least those that were timed."""
+    wanted = min(MAX_STEPS, gather(wanted, run.world)[0])
+    run.config["train"]["steps"] = max(run.step, wanted)
+    made = f", and {run.step} are made already" if wanted < run.step else ""
+    say(f"{wanted} steps fit into --minutes here{made}")
+    tell_if_short(run)
+
+
 def tell_if_short(run):
     total, start = run.config["train"]["steps"], run.config["train"]["ema_start"]
     if total < FEW_STEPS and not run.config["train"].get("init"):
-        tell(f"{total} steps are few: expect hardly more than noise before {FEW_STEPS:,} (--epochs, --minutes)")
+        say(f"{total} steps are few: expect hardly more than noise before {FEW_STEPS:,} (--epochs, --minutes)")
     if run.emas and total <= start:
-        tell(f"the averages begin at step {start}, after the run's last: they will be copies of the raw weights")
+        say(f"the averages begin at step {start}, after the run's last: they will be copies of the raw weights")
 
 
 def check_settings(config, started, out):
@@ -342,13 +351,14 @@ class RunFolder:
     def open(self, config, resume):
         """The state to go on from, None for a new run. Raises UserError.
 
-        Settings that depend on the machine's speed are taken over from it; a state that a kill left half written goes.
+        Settings that depend on the machine's speed are taken over from it; what a kill left half written goes.
         """
         state, path = weights.load_state(self.path)
         gather(None, self.world)  # process 0 writes to the folder only when all have read it
         if self.rank == 0:
-            for half_written in self.path.glob(f".state_*-{'[0-9a-f]' * 8}.pt"):
-                half_written.unlink()
+            for name in (".state_*", ".samples_*", ".model", ".config"):  # and no other file
+                for half_written in self.path.glob(f"{name}-{'[0-9a-f]' * 8}.*"):
+                    half_written.unlink()
         if state is None:
             if (self.path / "model.safetensors").exists():
                 raise UserError(f"{self.path} holds a finished run: use another --out, or delete it")
@@ -359,7 +369,7 @@ class RunFolder:
         steps, step = config["train"]["steps"], state["step"]
         if steps is not None and steps < step:
             raise UserError(f"the run in {self.path} has made {step} steps already, more than {steps}")
-        tell(f"going on from step {step} in {self.path}")
+        say(f"going on from step {step} in {self.path}")
         self.states, self.last_step = [path], step
         return state
 
@@ -411,16 +421,12 @@ class RunFolder:
         gather(None, self.world)  # nobody looks for the weights before they are there
 
 
-class Held(UserError):
-    """Another process is working on the run."""
-
-
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as Lustre, VirtualBox and some FUSE mounts answer
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold the run folder's lock, or raise Held if another process does. A new folder that stays empty is removed."""
+    """Hold the run folder's lock, or raise UserError if another has it. A new folder that stays empty is removed."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", blocking=False)
@@ -429,7 +435,7 @@ def locked(folder):
             warnings.simplefilter("error")  # or it would go on with a weaker kind of lock
             lock.acquire()
     except Timeout as error:
-        raise Held(f"another process is training in {folder}: wait for it, or use another --out") from error
+        raise UserError(f"another process is training in {folder}: wait for it, or use another --out") from error
     except (OSError, NotImplementedError, UserWarning) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise
@@ -463,19 +469,6 @@ def stop_signals():
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
-TORCHRUN = "TORCHELASTIC_RUN_ID"  # which torchrun gives all its processes
-
-
-def is_main():
-    """True in the one process that writes and speaks."""
-    return TORCHRUN not in os.environ or os.environ["RANK"] == "0"
-
-
-def tell(line):
-    if is_main():
-        say(line)
-
-
 def gather(value, world):
     """The values that all processes give, in their order, in each of them. So all wait until the last has come here."""
     values = [value] * world
@@ -487,7 +480,7 @@ def gather(value, world):
 @contextlib.contextmanager
 def process_group(device="auto"):
     """(rank, number of processes) of this process, as torchrun started it; (0, 1) without torchrun."""
-    if TORCHRUN not in os.environ:
+    if utils.TORCHRUN not in os.environ:
         yield 0, 1
         return
     if not dist.is_initialized():  # once for all runs of this process: PyTorch may hang in a second time

@@ -27,6 +27,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # a variable that torchrun gives all its processes
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,10 +77,16 @@ def look_up(table: dict, name: str, kind: str):
     return table[name]
 
 
+def is_main() -> bool:
+    """True in the one process that writes and speaks, where torchrun has started several."""
+    return TORCHRUN not in os.environ or os.environ["RANK"] == "0"
+
+
 @functools.cache
 def say(message: str) -> None:
-    """Print a notice to stderr, once in a process."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a notice to stderr, once."""
+    if is_main():
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import safetensors.torch
 import scipy.linalg
 import scipy.stats
 import torch
+from conftest import class_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -38,7 +40,7 @@ def random_covariance(dimensions, rank, seed):
 
 
 @given(dimensions=st.integers(1, 12), seed=st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_frechet_equals_scipy_sqrtm(dimensions, seed):
     mu1, mu2 = normal(2, dimensions, seed=seed)
     cov1, cov2 = (random_covariance(dimensions, 2 * dimensions + 1, seed + i) for i in (1, 2))
@@ -160,17 +162,15 @@ def test_copying(copies, share):
 MEAN, STD = -0.2, 0.3  # of the Gaussian whose optimal predictor is known
 
 
-class OptimalPredictor(nn.Module):
+def optimal_predictor(diffusion):
     """E[noise | x_t] for pixels that are independent N(MEAN, STD^2)."""
+    alphas_cumprod = torch.tensor(diffusion.alphas_cumprod_float64)
 
-    def __init__(self, diffusion):
-        super().__init__()
-        self.a = torch.tensor(diffusion.alphas_cumprod_float64)
+    def eps_model(x, t, labels=None):
+        a = alphas_cumprod[t].view(-1, 1, 1, 1)
+        return ((1 - a).sqrt() * (x.double() - a.sqrt() * MEAN) / (a * STD**2 + 1 - a)).float()
 
-    def forward(self, x, t, labels=None):
-        a = self.a[t].view(-1, 1, 1, 1)
-        noise = (1 - a).sqrt() * (x.double() - a.sqrt() * MEAN) / (a * STD**2 + 1 - a)
-        return noise.float()
+    return eps_model
 
 
 def gaussian_images(count, size=4):
@@ -210,7 +210,7 @@ def expected_bound(images, diffusion):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_bound_of_the_optimal_predictor(schedule):
     diffusion, images = Diffusion(300, schedule), gaussian_images(500)
-    result = evaluate.variational_bound(OptimalPredictor(diffusion), diffusion, images, clip=False, batch_size=500)
+    result = evaluate.variational_bound(optimal_predictor(diffusion), diffusion, images, clip=False, batch_size=500)
     bits, parts = expected_bound(images, diffusion)
     assert result["standard_error"] < 0.02 * bits
     assert abs(result["bits_per_dim"] - bits) < 4 * result["standard_error"]
@@ -221,39 +221,32 @@ def test_bound_of_the_optimal_predictor(schedule):
     assert bits > entropy - 0.05
 
 
-class Recorder(nn.Module):
-    """A model that is wrong in a definite way, and remembers what it was asked."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def forward(self, x, t, labels=None):
-        self.calls.append((x.clone(), t.clone()))
-        return 0.9 * x + 0.05 * torch.sin(3 * x)
-
-
 @pytest.mark.parametrize("clip", [True, False])
 def test_bound_against_denoising_diffusion_pytorch(clip):
     from denoising_diffusion_pytorch.learned_gaussian_diffusion import LearnedGaussianDiffusion
 
-    diffusion, images, recorder = Diffusion(1000, "linear"), gaussian_images(8), Recorder()
-    ours = evaluate.variational_bound(recorder, diffusion, images, clip=clip, batch_size=8)
+    diffusion, images, asked = Diffusion(1000, "linear"), gaussian_images(8), []
+
+    def wrong(x, t, labels=None):
+        asked.append((x.clone(), t.clone()))
+        return 0.9 * x + 0.05 * torch.sin(3 * x)
+
+    ours = evaluate.variational_bound(wrong, diffusion, images, clip=clip, batch_size=8)
 
     class WithVariance(nn.Module):
         channels, out_dim, self_condition, random_or_learned_sinusoidal_cond = 1, 2, False, False
 
         def forward(self, x, t):
-            return torch.cat([recorder(x, t), torch.ones_like(x)], 1)  # 1: the upper limit of the variance, beta_t
+            return torch.cat([wrong(x, t), torch.ones_like(x)], 1)  # 1: the upper limit of the variance, beta_t
 
     theirs = LearnedGaussianDiffusion(
         WithVariance(), 1.0, image_size=4, timesteps=1000, beta_schedule="linear", objective="pred_noise"
     )
-    for term, (x_t, t) in zip(ours["per_t"], list(recorder.calls), strict=True):
+    for term, (x_t, t) in zip(ours["per_t"], list(asked), strict=True):
         a = theirs.alphas_cumprod[t].view(-1, 1, 1, 1)
         noise = (x_t - a.sqrt() * images) / (1 - a).sqrt()
         total = theirs.p_losses(images, t, noise, clip_denoised=clip, loss_reduction="none")
-        simple = (recorder(x_t, t) - noise).square().flatten(1).mean(1)
+        simple = (wrong(x_t, t) - noise).square().flatten(1).mean(1)
         # they approximate the normal distribution function, we do not: to be seen at t = 0 only
         tolerance = 0.01 if term["t_from"] == 0 else 2e-3
         assert term["bits_per_dim_per_step"] == pytest.approx((total - simple).mean().item(), rel=tolerance, abs=2e-7)
@@ -271,7 +264,6 @@ def test_discretized_gaussian_is_a_distribution_and_keeps_digits_in_the_tails():
 
 
 @given(st.integers(1, 3000))
-@settings(max_examples=30, deadline=None)
 def test_timestep_ranges_cover_every_step_once(timesteps):
     edges = evaluate.timestep_ranges(timesteps)
     assert edges[:2] == [0, 1] and edges[-1] == timesteps and edges == sorted(set(edges))
@@ -285,7 +277,7 @@ def test_stratified_timesteps():
 
 def test_noise_error_of_the_optimal_predictor():
     diffusion, images = Diffusion(200, "cosine"), gaussian_images(400)
-    result = evaluate.noise_error(OptimalPredictor(diffusion), diffusion, images, batch_size=400)
+    result = evaluate.noise_error(optimal_predictor(diffusion), diffusion, images, batch_size=400)
     a = np.array(diffusion.alphas_cumprod_float64)
     x0 = images.double().numpy().ravel()
     # noise - E[noise | x_t] is linear in x0 - MEAN and the noise
@@ -293,18 +285,13 @@ def test_noise_error_of_the_optimal_predictor():
     expected = gain**2 * a * np.mean((x0 - MEAN) ** 2) + (1 - gain * np.sqrt(1 - a)) ** 2
     assert abs(result["mse"] - expected.mean()) < 4 * result["standard_error"] < 0.02
     assert [r["mse"] for r in result["per_t"]] == pytest.approx(expected.reshape(20, 10).mean(1), rel=0.1)
-    assert result == evaluate.noise_error(OptimalPredictor(diffusion), diffusion, images, batch_size=77)
+    assert result == evaluate.noise_error(optimal_predictor(diffusion), diffusion, images, batch_size=77)
 
 
 def test_a_model_that_is_not_finite():
-    diffusion, images = Diffusion(10), gaussian_images(4)
-
-    def broken(x, t, labels=None):
-        return x * math.nan
-
     for measure in (evaluate.noise_error, evaluate.variational_bound):
         with pytest.raises(UserError, match="not finite"):
-            measure(broken, diffusion, images)
+            measure(lambda x, *_: x * math.nan, Diffusion(10), gaussian_images(4))
 
 
 # --- the classifier and its files ---------------------------------------------------------------------------------
@@ -337,11 +324,6 @@ def test_a_folder_called_like_built_in_data_is_not_taken_for_it(use, tmp_path):
         use(tmp_path / "cifar10")
 
 
-def picture(path, size=(8, 8), colour=(100, 100, 100)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-
-
 @pytest.fixture
 def tiny_recipe(tmp_path, monkeypatch):
     """Classifiers are trained in no time, in a project folder of their own."""
@@ -353,9 +335,8 @@ def tiny_recipe(tmp_path, monkeypatch):
 
 
 def test_another_folder_of_the_same_name_is_not_taken_for_the_classifiers(tmp_path, tiny_recipe):
-    for side, count in ("a", 20), ("b", 21), ("moved", 20):
-        for i in range(count):
-            picture(tmp_path / side / "photos" / ("cats" if i % 2 else "dogs") / f"{i}.png", colour=(12 * i, 9, 9))
+    for side, count in ("a", 10), ("b", 11), ("moved", 10):
+        class_folder(tmp_path / side / "photos", {"cats": count, "dogs": 10}, size=(8, 8))
     features.train_features(str(tmp_path / "a/photos"))
     assert features.load_features(tmp_path / "a/photos").classes == ["cats", "dogs"]
     assert features.load_features(tmp_path / "moved/photos").classes == ["cats", "dogs"]
@@ -506,16 +487,8 @@ def test_interrupted_classifier_training_goes_on_to_the_same_weights(toy, tmp_pa
         assert features.train_features("toy") == first  # what is finished is not repeated
     shutil.rmtree(tmp_path / "runs")
     path.unlink()
-    measure, calls = features.accuracy, []
-
-    def interrupt(net, data):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measure(net, data)
-
-    monkeypatch.setattr(features, "accuracy", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(features, "accuracy", Mock(side_effect=[0.9, KeyboardInterrupt]))  # in the second epoch
         features.train_features("toy")
     assert not path.exists()
     facts = features.train_features("toy")
@@ -527,14 +500,9 @@ def test_interrupted_classifier_training_goes_on_to_the_same_weights(toy, tmp_pa
 # --- the shipped Fashion-MNIST classifier -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    net = features.load_features("fashion_mnist")
-    return net, features.load_reference("fashion_mnist", net)[0], load_data("fashion_mnist", "test")
-
-
-def test_shipped_classifier(shipped):
-    net, reference, test = shipped
+def test_shipped_classifier():
+    net, test = features.load_features("fashion_mnist"), load_data("fashion_mnist", "test")
+    reference, _ = features.load_reference("fashion_mnist", net)
     _, facts = read_tensors(features.checkpoint_path("features", "fashion_mnist"), "")
     assert facts["test_accuracy"] >= 0.94
     some = ImageData(test.images[:1000], test.labels[:1000], test.classes, "", False, 28)
