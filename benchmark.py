@@ -4,8 +4,8 @@
     python benchmark.py --only train_28 sample     some of them; what else the file holds stays in it
     python benchmark.py --only minutes samplers    what training and sampling reach: these take hours
 
-Both sides are generators whose items are units of work. Every measurement has a process of its own, so that its memory
-is its own, and the two sides take turns. A gain is formed within a turn: a machine that slows down slows both.
+Both sides are generators whose items are units of work. The two sides take turns, each in a new process, since ours
+changes settings of its process. A gain is formed within a turn: a machine that slows down slows both.
 """
 
 import copy
@@ -18,7 +18,6 @@ import os
 import platform
 import re
 import signal
-import sys
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -156,17 +155,6 @@ def our_sampling(checkpoint, n, cfg_scale):
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def peak_memory():
-    """The most bytes that this process has held so far, on the GPU if there is one; 0 where that cannot be told."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def seconds_each(work, count):
     start = time.perf_counter()
     for item in itertools.islice(work, count):
@@ -176,25 +164,20 @@ def seconds_each(work, count):
 
 
 def measure(make, settings):
-    """Seconds for one item of the generator make(*settings), and the gigabytes that it took beside the libraries."""
-    libraries, work = peak_memory(), make(*settings)
+    """Seconds for one item of the generator make(*settings)."""
+    work = make(*settings)
     seconds_each(work, 1)  # warms up
-    seconds = seconds_each(work, max(1, round(AT_LEAST / seconds_each(work, 1))))
-    return seconds, max(1, peak_memory() - libraries) / 1e9
+    return seconds_each(work, max(1, round(AT_LEAST / seconds_each(work, 1))))
 
 
 def measure_alone(make, settings):
-    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the new process inherits: it does not hear Ctrl-C
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fork would inherit memory
-        future = pool.submit(measure, make, settings)
-        signal.signal(signal.SIGINT, on_ctrl_c)
+    """`measure` in a process of its own, which Ctrl-C ends without a word."""
+    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **quiet) as pool:
         try:
-            return future.result()
+            return pool.submit(measure, make, settings).result()
         except BrokenExecutor:
             raise UserError("a measuring process has died, most likely of too little memory: leave it out") from None
-        except KeyboardInterrupt:
-            multiprocessing.active_children()[0].terminate()
-            raise
 
 
 def machine():
@@ -206,21 +189,18 @@ def machine():
     return f"{cpu}, {torch.get_num_threads()} cores, {units}, torch {torch.__version__}"
 
 
-def row(name, what, unit, plain, ours):
-    """A row of the result. plain, ours: a value for each turn; the gain is formed turn by turn."""
-    sides = {"plain": plain, "ours": ours, "gain": ours / plain if unit.endswith("/s") else plain / ours}
-    about = {"name": name, "what": what, "unit": unit, "machine": machine(), "turns": len(plain)}
-    return about | {side: {"median": np.median(v), "min": v.min(), "max": v.max()} for side, v in sides.items()}
-
-
 def compare(name, what, unit, sides, settings, amounts=(1, 1)):
-    """sides: both generator functions; amounts: how many steps, or how much time, an item of each stands for."""
-    turns = [[measure_alone(make, settings) for make in sides] for _ in range(TURNS)]
-    seconds, gigabytes = np.transpose(turns, (2, 1, 0))  # each: 2 sides x turns
-    amounts = np.array(amounts)[:, None]
-    yield row(name, what, unit, *(amounts / seconds if unit.endswith("/s") else amounts * seconds))
-    if unit == "steps/s" and peak_memory():
-        yield row(f"{name}_memory", "its peak memory", "GB", *gigabytes)
+    """A row of the result, in a list. sides: the plain and our generator function, both called with `settings`.
+
+    amounts: how many steps, or how much time, an item of each side stands for. A value is measured in each turn.
+    """
+    seconds = [[measure_alone(make, settings) for make in sides] for _ in range(TURNS)]
+    plain, ours = np.transpose(seconds * np.array(amounts))
+    values = {"plain": plain, "ours": ours, "gain": plain / ours}
+    if unit == "steps/s":
+        values |= {"plain": 1 / plain, "ours": 1 / ours}
+    about = {"name": name, "what": what, "unit": unit, "machine": machine(), "turns": TURNS}
+    return [about | {key: {"median": np.median(v), "min": v.min(), "max": v.max()} for key, v in values.items()}]
 
 
 def distance(model, diffusion, **options):
@@ -257,7 +237,7 @@ def minutes_to_equal_quality(name, every=200):
 
 
 def compare_samplers(name):
-    """Frechet distance against sampler and steps, of a quickly trained network and of the best one."""
+    """Frechet distance against sampler and steps, of a quickly trained network and of the best one: two rows."""
     for checkpoint in (QUICK, BEST):
         model, diffusion, _ = load_model(checkpoint, SAMPLES)
         points = {}

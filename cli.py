@@ -1,11 +1,13 @@
 """The command line that ddpm_unconditional.py, ddpm.py and ddpm_conditional.py share: train, sample, publish."""
 
 import argparse
+import csv
 import functools
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import training
@@ -83,7 +85,7 @@ def add_train_flags(parser, conditional, shape):
     add("--model", choices=list(MODELS), default="patch", help=f"patch: {network}; course: the course's")
     add("--width", type=number(int, 1, 4096), help="feature maps at the first level")
     add("--mults", type=number(int, 1, 64), nargs="+", help="width of each level, in multiples of --width (patch)")
-    add("--depth", type=number(int, 1, 64), help="blocks per level (patch)")
+    add("--depth", type=number(int, 1, 64), nargs="+", help="blocks per level, one number or one each (patch)")
     add("--patch", type=number(int, 1, 64), help="side of the pixel blocks that the network works on (patch)")
     add("--block", choices=list(BLOCKS), help="kind of block (patch)")
     add("--attention", action=argparse.BooleanOptionalAction, help="linear attention at the outer levels (patch)")
@@ -139,6 +141,8 @@ def add_sample_flags(parser, conditional):
 def make_model(args, data, start):
     """The network's configuration: that of `start`, or the script's own, but for the flags that are given."""
     given = {flag: value for flag in SHAPE_FLAGS if (value := getattr(args, flag)) is not None}
+    if len(given.get("depth", [])) == 1:
+        given["depth"] = given["depth"][0]
     if start:
         base = dict(start["model"])
         if args.model == "course" and base["name"] == "PatchUNet":
@@ -168,10 +172,10 @@ def make_config(args, data):
         raise UserError("--objective vlb and --timestep-sampling vlb would count the bound's weights twice: choose one")
     own = args.data not in DATASETS
     batch_size = args.batch_size or (OWN_BATCH_SIZE if own else BATCH_SIZE)
-    steps = None if args.minutes else max(1, round((args.epochs or EPOCHS) * len(data) / batch_size))
-    if steps and steps > training.MAX_STEPS:
+    steps = max(1, round((args.epochs or EPOCHS) * len(data) / batch_size))
+    if steps > training.MAX_STEPS:
         raise UserError(f"--epochs {args.epochs:g} would be {steps:,} steps: that is a mistake")
-    if own and steps and not args.epochs:
+    if own and not args.epochs:
         steps = max(steps, OWN_STEPS)
     return {
         "model": make_model(args, data, start),
@@ -183,7 +187,7 @@ def make_config(args, data):
         },
         "train": {
             **{name: getattr(args, name, None) for name in training.DEFAULTS},
-            "steps": steps,
+            "steps": None if args.minutes else steps,
             "batch_size": batch_size,
             "ema_start": (0 if start else training.DEFAULTS["ema_start"]) if args.ema_start is None else args.ema_start,
             "init": describe_init(args.init, start) if start else None,
@@ -243,35 +247,26 @@ def parse_labels(text, n, num_classes, classes=()):
         if text not in ("none", "all"):
             raise UserError("this checkpoint has no classes: leave --labels out")
         return None
-    chosen = list(range(num_classes)) if text == "all" else find_classes(text, classes or ())
+    # a class's name may have commas: then it stands alone or in quotes
+    words = [text] if text in (classes or ()) else next(csv.reader([text], skipinitialspace=True)) or [""]
+    chosen = list(range(num_classes)) if text == "all" else [find_class(word.strip(), classes or ()) for word in words]
     if wrong := [label for label in chosen if not 0 <= label < num_classes]:
         raise UserError(f"label {wrong[0]} is out of range: this checkpoint has the classes 0 to {num_classes - 1}")
     return torch.tensor([chosen[i % len(chosen)] for i in range(n)])
 
 
-def find_classes(text, classes):
-    """The labels that a list such as "cat, dog" or "0,1" means. A name may be in another case, and may hold commas."""
-    labels, words = [], text.split(",")
-    while words:
-        for length in range(len(words), 0, -1):  # the longest name that fits
-            if (label := find_class(",".join(words[:length]).strip(), classes)) is not None:
-                break
-        else:
-            names = f" ({', '.join(classes)})" if classes else ""
-            raise UserError(f"--labels is all, none, or classes by name{names} or number, not {words[0]!r}")
-        labels.append(label)
-        words = words[length:]
-    return labels
-
-
 def find_class(word, classes):
+    """The label that a class's name, perhaps in another case, or a number means."""
     for spelling in (str, str.casefold):
         found = [i for i, name in enumerate(classes) if spelling(name) == spelling(word)]
         if len(found) == 1:
             if word.isdecimal() and int(word) != found[0]:
                 say(f"--labels {word} is the class called {word}, which is number {found[0]}")
             return found[0]
-    return int(word) if re.fullmatch("-?[0-9]{1,9}", word) else None
+    if not re.fullmatch("-?[0-9]{1,9}", word):
+        names = f" ({', '.join(classes)})" if classes else ""
+        raise UserError(f"--labels is all, none, or classes by name{names} or number, not {word!r}")
+    return int(word)
 
 
 def run_sample(args):
@@ -290,17 +285,14 @@ def run_sample(args):
     shape, x_T = weights.image_shape(model, config), None
     if args.start_from:
         diffusion, x_T = begin_at(args.start_from, args.strength, diffusion, args.n, shape, args.seed)
-    if args.steps and args.steps > diffusion.timesteps:
-        raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
     labels, guidance = choose_guidance(args, model, config)
-    options = {name: getattr(args, name) for name in ("seed", "sampler", "steps", "eta", "clip")}
-    options["variance"] = args.variance or "posterior"
+    options = {name: getattr(args, name) for name in ("seed", "sampler", "clip")}
+    options["steps"] = diffusion.step_count(args.sampler, args.steps)
+    options |= {"eta": noise_level(args.sampler, args.eta), "variance": args.variance or "posterior"}
     source = options | {
         "checkpoint": args.checkpoint.name,
         "sha256": utils.sha256(weights.find_checkpoint(args.checkpoint)),
         "weights": config["weights"],
-        "eta": noise_level(args.sampler, args.eta),
-        "steps": diffusion.step_count(args.sampler, args.steps),
         "variance": options["variance"] if args.sampler == "ddpm" else None,
         "start_from": args.start_from and [args.start_from.name, args.strength],
         "dtype": utils.pick_precision(device),
@@ -310,10 +302,12 @@ def run_sample(args):
     with utils.autocast(device):
         if suffix == ".gif":
             eps_model = guided(model, labels, **guidance)
-            steps = diffusion.trajectory(eps_model, shape, range(args.n), x_T=x_T, **options)
-            bar = utils.progress(steps, total=source["steps"] + 1, unit="step", desc="sampling")
-            shown = frames_shown(source["steps"] + 1)  # all of them would be gigabytes
-            save_denoising_gif([utils.to_uint8(x).cpu() for i, x in enumerate(bar) if i in shown], args.out, columns)
+            x_ts, count = (
+                diffusion.trajectory(eps_model, shape, range(args.n), x_T=x_T, **options),
+                options["steps"] + 1,
+            )
+            bar = utils.progress(x_ts, total=count, unit="step", desc="sampling")
+            save_denoising_gif((utils.to_uint8(x).cpu() for x in bar), count, args.out, columns)
         else:
             options |= {"batch_size": args.batch_size, "x_T": x_T}
             bar = functools.partial(utils.progress, unit="step", desc="sampling")
@@ -349,21 +343,19 @@ def begin_at(path, strength, diffusion, n, shape, seed):
     x0 = utils.to_model(torch.from_numpy(image.copy()).permute(2, 0, 1))
     x0 = (x0 if shape[0] == 3 else x0.mean(0, keepdim=True)).expand(n, *shape)
     noise = torch.stack([torch.randn(shape, generator=utils.generator(seed, i, 1)) for i in range(n)])
-    first = diffusion.respaced(list(range(max(1, round(strength * diffusion.timesteps)))))
+    first = diffusion.shortened(max(1, round(strength * diffusion.timesteps)))
     x0, noise = x0.to(first.betas.device), noise.to(first.betas.device)
     return first, first.q_sample(x0, torch.full((n,), first.timesteps - 1, device=x0.device), noise)
 
 
-def frames_shown(count, longest=60):
-    """The indices of at most `longest` of `count` frames, evenly spaced from the first to the last."""
-    shown = min(longest, count)
-    return [round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)]
-
-
 # Homework TODO 876: a GIF of the denoising
-def save_denoising_gif(frames, path, columns, scale=2, longest=60):
-    """A GIF of the denoising: at most `longest` of the x_t, evenly spaced, the sample held for a second at the end."""
-    pictures = [utils.image_grid(frames[i], columns, scale=scale) for i in frames_shown(len(frames), longest)]
+def save_denoising_gif(frames, count, path, columns, scale=2, longest=60):
+    """A GIF of at most `longest` of the `count` x_t that `frames` yields, evenly spaced; the sample stays for a second.
+
+    frames: uint8 N x C x H x W each; the others are never kept, since all of them may be gigabytes.
+    """
+    shown = np.linspace(0, count - 1, min(longest, count)).round()
+    pictures = [utils.image_grid(x, columns, scale=scale) for i, x in enumerate(frames) if i in shown]
     utils.save_gif(pictures, path, fps=20, hold=1)
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from utils import generator, look_up
+from utils import UserError, generator, look_up
 
 BETA_START, BETA_END = 1e-4, 0.02  # chosen by Ho et al. for T = 1000
 MAX_TIMESTEPS = 100_000
@@ -149,8 +149,7 @@ class Diffusion:
 
     def shortened(self, timesteps):
         """Its first `timesteps` steps alone, as a Diffusion: for starting at a noised image instead of pure noise."""
-        if not 1 <= timesteps <= self.timesteps:
-            raise ValueError(f"the process has between 1 and {self.timesteps} steps to start at, not {timesteps}")
+        self.check_steps(timesteps)
         return self.respaced(list(range(timesteps)))
 
     # --- forward process ---
@@ -181,7 +180,7 @@ class Diffusion:
     # --- sampling ---
 
     def even_timesteps(self, steps):
-        """`steps` timesteps, evenly spaced from T-1 down. Raises ValueError."""
+        """`steps` timesteps, evenly spaced from T-1 down. Raises UserError."""
         self.check_steps(steps)
         return [round(self.timesteps * (1 - i / steps)) - 1 for i in range(steps)]
 
@@ -202,7 +201,7 @@ class Diffusion:
 
     def check_steps(self, steps):
         if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"steps must be between 1 and the model's {self.timesteps} timesteps, not {steps}")
+            raise UserError(f"steps must be between 1 and the process's {self.timesteps} timesteps, not {steps}")
 
     def signal(self, t):
         """alphas_cumprod at t as a float; 1 at t = -1, the clean image."""

@@ -9,6 +9,9 @@ network learns the conditional and the unconditional prediction; sampling combin
 them is `training.steps`, the samplers are in ddpm.py, and EMA is in modules.py.
 """
 
+import shlex
+import sys
+
 import torch
 
 # What `train` trains unless told otherwise: the published CIFAR-10 model's.
@@ -68,7 +71,9 @@ def main(argv=None):
     parser, commands = cli.make_parser(__doc__.splitlines()[0], "cifar10", SHAPE, conditional=True)
     about = "measure quality against the guidance scale, with raw and averaged weights"
     evaluate.add_sweep_flags(commands.add_parser("sweep", help=about))
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    args.typed = shlex.join(["python", "ddpm_conditional.py", *argv])
     args.run(args)
 
 

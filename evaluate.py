@@ -122,22 +122,13 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: 
 
 
 def label_agreement(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
-    """How often the classifier names the label asked for, and the probability it gives to it; per class too."""
+    """How often the classifier names the label asked for, in all and for each class."""
     outside = labels[(labels < 0) | (labels >= len(classes))]
     if len(outside):
         raise UserError(f"label {outside[0]} is out of range: the classifier knows the labels 0 to {len(classes) - 1}")
     agrees = (logits.argmax(1) == labels).double()
-    confidence = logits.double().softmax(1)[torch.arange(len(labels)), labels]
-
-    def facts(chosen):
-        return {"agreement": agrees[chosen].mean().item(), "confidence": confidence[chosen].mean().item()}
-
-    overall, per_class = facts(slice(None)), []
-    for label in labels.unique().tolist():
-        chosen = labels == label
-        per_class.append({"label": label, "class": classes[label], "count": int(chosen.sum()), **facts(chosen)})
-    error = math.sqrt(overall["agreement"] * (1 - overall["agreement"]) / len(labels))
-    return {**overall, "standard_error": error, "per_class": per_class}
+    per_class = {classes[label]: agrees[labels == label].mean().item() for label in labels.unique().tolist()}
+    return {"agreement": agrees.mean().item(), "standard_error": share_error(agrees), "per_class": per_class}
 
 
 # --- samples against a data set -----------------------------------------------------------------------------------
@@ -147,12 +138,15 @@ def standard_error(x: torch.Tensor) -> float:
     return x.std().item() / math.sqrt(len(x))
 
 
+def share_error(hits: torch.Tensor) -> float:
+    """The binomial standard error of a share: the mean of zeros and ones."""
+    return math.sqrt(hits.mean().item() * (1 - hits.mean().item()) / len(hits))
+
+
 def check_count(count: int, dimensions: int) -> None:
     if count <= dimensions:
-        raise UserError(
-            f"{count} samples do not determine the covariance of {dimensions} features, so a Frechet "
-            f"distance would mean nothing: make at least {dimensions + 1}, better 5,000"
-        )
+        meaningless = f"{count} samples do not determine the covariance of {dimensions} features"
+        raise UserError(f"{meaningless}: for a Frechet distance make at least {dimensions + 1}, better 5,000")
 
 
 @contextlib.contextmanager
@@ -179,10 +173,8 @@ def compare(x: torch.Tensor, reference: dict[str, torch.Tensor], seed: int = 0, 
         if draws:
             result["frechet_bootstrap"] = frechet_bootstrap(x, mu, cov, draws, seed)
     else:
-        say(
-            f"no Frechet distance to the held-out images, since {len(test)} are too few for {len(mu)} features: "
-            f"add images until {len(mu) + 1} are held out, or choose a classifier with fewer features by --features"
-        )
+        advice = f"add images until {len(mu) + 1} are held out, or take another classifier by --features"
+        say(f"no Frechet distance: {len(test)} held-out images are too few for {len(mu)} features: {advice}")
     if len(reference["train_features"]) > len(mu):
         result["frechet_distance_to_train"] = frechet(*statistics(x), reference["train_mean"], reference["train_cov"])
     pairs = min(len(x), len(test))
@@ -252,9 +244,8 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, netw
     for real, source in ((True, test.images), (False, images)):
         for part in progress(source.split(50), desc="Inception"):
             metrics.update(part.expand(-1, 3, -1, -1).contiguous(), real=real)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # of the subsets for the kernel distance
-        distances = metrics.compute()
+    torch.manual_seed(seed)  # of the subsets for the kernel distance
+    distances = metrics.compute()
     mean, deviation = (value.item() for value in distances["KernelInceptionDistance"])
     return {
         "data": Path(data_name).name,
@@ -294,9 +285,9 @@ def copying(samples: torch.Tensor, train: ImageData, test: ImageData, seed: int 
     for data in (train, test):
         some = data.images[torch.randperm(len(data), generator=g)[:count].sort().values]
         distances.append(nearest_neighbours(samples, dataclasses.replace(data, images=some))[1][:, 0])
-    share = (distances[0] < distances[1]).double().mean().item()
-    error = math.sqrt(share * (1 - share) / len(samples))
-    return {"share_of_training_images": share, "standard_error": error, "images_of_each": count, "seed": seed}
+    nearer = (distances[0] < distances[1]).double()
+    result = {"share_of_training_images": nearer.mean().item(), "standard_error": share_error(nearer)}
+    return result | {"images_of_each": count, "seed": seed}
 
 
 # --- a model against held-out images ------------------------------------------------------------------------------
@@ -360,12 +351,7 @@ def noise_error(model, diffusion, images: torch.Tensor, labels=None, seed=0, bat
         per_range.append({"t_from": first, "t_to": last - 1, "mse": mean, "standard_error": se})
         total, variance = total + share * mean, variance + (share * se) ** 2
     result = {"mse": total, "standard_error": math.sqrt(variance), "per_t": per_range}
-    return result | measured_on(images, labels, diffusion, seed)
-
-
-def measured_on(images, labels, diffusion, seed) -> dict:
-    facts = {"images": len(images), "dimensions": images[0].numel(), "labels": labels is not None}
-    return facts | {"timesteps": diffusion.timesteps, "schedule": diffusion.schedule, "seed": seed}
+    return result | {"images": len(images), "seed": seed}
 
 
 def log_discretized_gaussian(x: torch.Tensor, mean: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -420,8 +406,7 @@ def variational_bound(model, diffusion, images: torch.Tensor, labels=None, clip=
     result = {"bits_per_dim": totals.mean().item(), "standard_error": standard_error(totals)}
     result |= {"L_T": prior.mean().item(), "L_0": per_range[0]["bits_per_dim_per_step"]}
     result["sum_of_L_t"] = sum(r["bits_per_dim_per_step"] * (r["t_to"] - r["t_from"] + 1) for r in per_range[1:])
-    result |= {"per_t": per_range, "variance": "beta", "clip": clip}
-    return result | measured_on(images, labels, diffusion, seed)
+    return result | {"per_t": per_range, "variance": "beta", "clip": clip, "images": len(images), "seed": seed}
 
 
 def timestep_ranges(timesteps: int) -> list[int]:
@@ -461,15 +446,6 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_sweep)
 
 
-def sweep_command(args) -> str:
-    flags = vars(args) | {"weights": " ".join(args.weights), "scales": " ".join(f"{scale:g}" for scale in args.scales)}
-    intervals = " ".join("-".join(map(str, where or ["none"])) for where in args.intervals)
-    flags["intervals"] = None if intervals == "none" else intervals
-    names = ("checkpoint", "data", "weights", "scales", "intervals", "n", "sampler", "steps", "seed", "out")
-    given = [f"--{name} {flags[name]}" for name in names if flags[name] is not None]
-    return " ".join(["python ddpm_conditional.py sweep", *given])
-
-
 def run_sweep(args) -> None:
     """Measure the samples of each kind of weights at each scale and interval, but what --out already holds."""
     utils.check_writable(args.out)
@@ -479,17 +455,15 @@ def run_sweep(args) -> None:
     model, diffusion, config = models[args.weights[0]]
     if model.num_classes is None:
         raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
-    if args.steps > diffusion.timesteps:
-        raise UserError(f"--steps {args.steps} is more than the model's {diffusion.timesteps} timesteps")
+    diffusion.check_steps(args.steps)
     if any(where and where[0] >= diffusion.timesteps for where in args.intervals):
         raise UserError(f"--intervals must begin below the model's {diffusion.timesteps} timesteps")
     data_name, shape = args.data or config["data"].get("name"), image_shape(model, config)
     if data_name is None:
         raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")
     sampler = {"sampler": args.sampler, "steps": args.steps, "eta": noise_level(args.sampler)}
-    result = source_of(args.checkpoint) | {"command": sweep_command(args), "sampler": sampler, "rows": []}
-    result |= {name: getattr(args, name) for name in ("n", "seed", "data")}
-    result["parameters"] = sum(p.numel() for p in model.parameters())
+    result = source_of(args.checkpoint) | {"command": args.typed, "sampler": sampler, "n": args.n, "seed": args.seed}
+    result |= {"parameters": sum(p.numel() for p in model.parameters()), "rows": []}
     result["config"] = {name: value for name, value in config.items() if name != "weights"}
     if args.out.exists():
         result["rows"] = earlier_rows(args.out, result)
@@ -584,22 +558,16 @@ def source_of(path: Path) -> dict:
     return {"checkpoint": path.name, "sha256": sha256(find_checkpoint(path))}
 
 
-def sample_file(path: Path) -> dict:
-    """What a result records of the file that the samples were in."""
-    return {"file": path.name} | ({} if path.is_dir() else {"file_sha256": sha256(path), **utils.samples_source(path)})
-
-
 def run_samples(args) -> dict:
+    """samples and copying: the file, its images, the measurement."""
     images, labels = utils.load_samples(args.samples)
-    result = evaluate_samples(images, labels, args.data, args.features, args.seed, args.bootstrap)
-    return sample_file(args.samples) | result
-
-
-def run_copying(args) -> dict:
-    images, _ = utils.load_samples(args.samples)
-    splits = features.load_splits(args.data, images.shape[-1], images.shape[1])
-    about = {"data": splits[0].name, "samples": len(images)}
-    return sample_file(args.samples) | about | copying(images, *splits, args.seed)
+    file = {"file": args.samples.name}
+    if args.samples.is_file():
+        file |= {"file_sha256": sha256(args.samples)} | utils.samples_source(args.samples)
+    if args.command == "samples":
+        return file | evaluate_samples(images, labels, args.data, args.features, args.seed, args.bootstrap)
+    train, test = features.load_splits(args.data, images.shape[-1], images.shape[1])
+    return file | {"data": train.name, "samples": len(images)} | copying(images, train, test, args.seed)
 
 
 def run_model(measure, args) -> dict:
@@ -610,16 +578,17 @@ def run_model(measure, args) -> dict:
     return source_of(args.checkpoint) | {"weights": config["weights"], "data": data_name, "split": "test"} | result
 
 
+def run_features(args) -> dict:
+    return features.train_features(args.name, args.seed)
+
+
 COMMANDS = {
     "samples": (run_samples, "compare samples with a data set's test split (`samples` may be left out)"),
-    "copying": (run_copying, "the share of training images among the samples' nearest neighbours"),
+    "copying": (run_samples, "the share of training images among the samples' nearest neighbours"),
     "sanity": (lambda args: sanity(args.data, args.seed), "do the measures order real and damaged images rightly?"),
     "noise-error": (lambda args: run_model(noise_error, args), "squared error of the predicted noise on test images"),
     "likelihood": (lambda args: run_model(variational_bound, args), "variational bound on test images, in bits/dim"),
-    "train-features": (
-        lambda args: features.train_features(args.name, args.seed),
-        "train a data set's feature classifier and store references",
-    ),
+    "train-features": (run_features, "train a data set's feature classifier and store references"),
 }
 
 

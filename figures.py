@@ -4,21 +4,20 @@ The colours are Okabe & Ito's, which colour-blind readers can tell apart; every 
 of its own, so that a print in grey can be read too. What a colour means is the same in every figure.
 """
 
-import contextlib
 import inspect
 import io
 import json
 import os
 from pathlib import Path
 
+import imageio.v3 as imageio
 import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from PIL import Image
 
 from ddpm import SCHEDULES, Diffusion
-from image_data import DATASETS, load_data
+from image_data import DATASETS
 from utils import ROOT, atomic_path, generator, image_grid, progress, sha256, to_uint8, write_json
 
 FIGURES = ROOT / "report/figures"
@@ -34,11 +33,6 @@ SCHEDULE_STYLE = {
     "cosine": {"color": VERMILLION, "linestyle": "--"},
     "quadratic": {"color": GREEN, "linestyle": "-."},
     "sigmoid": {"color": PURPLE, "linestyle": ":"},
-}
-LOSS_STYLE = {
-    "l1": {"color": SKY, "marker": "o", "linestyle": "-."},
-    "l2": {"color": "black", "marker": "s", "linestyle": "-"},
-    "huber": {"color": ORANGE, "marker": "^", "linestyle": "--"},
 }
 OBJECTIVE_STYLE = {"simple": {"color": BLUE, "linestyle": "-"}, "vlb": {"color": ORANGE, "linestyle": "--"}}
 WEIGHTS_STYLE = {
@@ -102,32 +96,24 @@ def record(name, suffix, contents, sources):
 
 def save_result(name, result):
     """Write numbers for the report to report/results/NAME.json, at six digits, which no processor changes."""
-    if PUBLISHING:
-        return write_json(RESULTS / f"{name}.json", six_digits(result))
-    print(f"results/{name}.json stays as it is: `python report/build.py notebooks` writes it")
-
-
-def six_digits(value):
-    if isinstance(value, dict):
-        return {key: six_digits(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [six_digits(v) for v in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if not PUBLISHING:
+        print(f"results/{name}.json stays as it is: `python report/build.py notebooks` writes it")
+        return
+    rounded = json.loads(json.dumps(result), parse_float=lambda digits: float(f"{float(digits):.6g}"))
+    write_json(RESULTS / f"{name}.json", rounded)
 
 
 def read_result(name):
     """report/results/NAME.json, or None where it has not been made."""
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads((RESULTS / f"{name}.json").read_text())
-    return None
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
-def shipped(*patterns):
-    """The published checkpoints whose names (without suffix) match, in order; says so where there is none."""
-    paths = [path for pattern in patterns for path in sorted(CHECKPOINTS.glob(f"{pattern}.safetensors"))]
+def shipped(*names):
+    """Those of the named checkpoints that are in checkpoints/, in order; says so where none of them is."""
+    paths = [path for name in names if (path := CHECKPOINTS / f"{name}.safetensors").is_file()]
     if not paths:
-        others = f" (nor any of {len(patterns) - 1} others)" if len(patterns) > 1 else ""
-        print(f"checkpoints/ has no {patterns[0]}{others} yet: checkpoints/README.md says how to make it")
+        print(f"checkpoints/ has no {' or '.join(names)} yet: checkpoints/README.md says how to make it")
     return paths
 
 
@@ -135,41 +121,32 @@ def shipped(*patterns):
 
 
 def as_uint8(images):
-    """N x C x H x W, uint8 or float in [-1, 1] -> uint8 tensor."""
-    images = torch.as_tensor(images)
+    """Images as uint8; those that are floats are in [-1, 1]."""
     return images if images.dtype == torch.uint8 else to_uint8(images)
 
 
 def pixels(images, columns, scale=4, padding=1):
-    """A grid of images with every pixel enlarged to a square of scale x scale: uint8, H x W x 3."""
+    """A grid of images (N x C x H x W), every pixel enlarged to a square of scale x scale: uint8, H x W x 3."""
     return image_grid(as_uint8(images), columns, padding=padding * scale, scale=scale)
 
 
-def real_images(name, count=8):
-    """Test images of a data set that is not shipped, N x 3 x H x W: the first of each of ten classes, or `count` evenly
-    spaced ones.
-
-    They are kept in report/pictures/real_NAME.png, which is read where the data is not there.
-    """
-    path = PICTURES / f"real_{name}.png"
-    if not path.is_file():
-        data = load_data(name, "test")
-        if data.labels is not None and len(data.classes) == 10:
-            index = [int((data.labels == label).nonzero()[0]) for label in range(10)]
-        else:
-            index = [i * len(data) // count for i in range(count)]
-        strip = image_grid(data.images[index], len(index), padding=0)
-        with atomic_path(path) as temporary:
-            Image.fromarray(strip).save(temporary)
-    strip = torch.from_numpy(np.array(Image.open(path)))
+def real_images(name):
+    """Some test images of a data set that does not ship, N x 3 x H x W, from the strip report/pictures/real_NAME.png:
+    the first of each of CIFAR-10's classes, eight evenly spaced landscapes."""
+    strip = torch.from_numpy(imageio.imread(PICTURES / f"real_{name}.png"))
     return torch.stack(strip.permute(2, 0, 1).split(strip.shape[0], dim=2))
+
+
+def png(picture):
+    """A picture (uint8, H x W x 3) as the contents of a PNG file."""
+    return imageio.imwrite("<bytes>", picture, extension=".png")
 
 
 def show(picture):
     """Show a picture in a notebook, unsmoothed, pixel for pixel."""
-    from IPython.display import display
+    from IPython.display import Image, display
 
-    display(Image.fromarray(picture))
+    display(Image(png(picture)))
 
 
 def two_lines(name):
@@ -177,33 +154,35 @@ def two_lines(name):
     return name.replace(" ", "\n").replace("/", "/\n").replace("automobile", "auto-\nmobile")
 
 
-def labelled_rows(rows, column_labels=None, scale=4, width=TEXT_WIDTH, gap=1):
+def longest_line(labels):
+    """How many letters it has."""
+    return max((len(line) for label in labels for line in label.split("\n")), default=1)
+
+
+def labelled_rows(rows, column_labels=(), scale=4, width=TEXT_WIDTH, gap=1):
     """A figure whose rows are named lists of images (all of one size and number): {"EMA": N x C x H x W, ...}."""
-    images = [as_uint8(row) for row in rows.values()]
-    count, (channels, height, side) = len(images[0]), images[0].shape[1:]
-    grid = pixels(torch.cat([row.expand(-1, 3, -1, -1) if channels == 1 else row for row in images]), count, scale, gap)
-    label_room = 0.073 * max(len(part) for name in rows for part in name.split("\n")) + 0.1
-    labels = list(column_labels) if column_labels is not None else []
-    label_height = 0.02 + (0.05 + 0.16 * max(1 + label.count("\n") for label in labels) if labels else 0)
-    picture_width = width - label_room
+    images = torch.cat([as_uint8(row).expand(-1, 3, -1, -1) for row in rows.values()])
+    columns = len(images) // len(rows)
+    grid = pixels(images, columns, scale, gap)
+    # in inches: the row names' room on the left, the column labels' above, and the picture itself
+    left = 0.1 + 0.073 * longest_line(rows)
+    above = 0.07 + 0.16 * max(1 + label.count("\n") for label in column_labels) if column_labels else 0.02
+    picture_width = width - left
     picture_height = picture_width * grid.shape[0] / grid.shape[1]
-    total = picture_height + label_height
-    # for the notebook: a whole number of screen pixels for each image pixel, the figure at most a tenth over PAGE_WIDTH
+    # in a notebook an image's pixel is a whole number of the screen's, and the figure at most a tenth over PAGE_WIDTH
     pixels_across = grid.shape[1] / scale
     enlarged = max(1, int(1.1 * PAGE_WIDTH / width * picture_width / pixels_across))
-    fig = plt.figure(figsize=(width, total), dpi=enlarged * pixels_across / picture_width)
-    axes = fig.add_axes((label_room / width, 0, picture_width / width, picture_height / total))
-    axes.imshow(grid, interpolation="none", aspect="auto")
+    fig = plt.figure(figsize=(width, above + picture_height), dpi=enlarged * pixels_across / picture_width)
+    axes = fig.add_axes((left / width, 0, picture_width / width, picture_height / (above + picture_height)))
+    axes.imshow(grid, interpolation="none", aspect="auto", extent=(0, columns, len(rows), 0))
     axes.grid(False)
-    axes.spines[:].set_visible(False)
+    axes.set_frame_on(False)
     axes.tick_params(length=0, pad=2)
     axes.xaxis.tick_top()
-    pitch_x, pitch_y = (side + gap) * scale, (height + gap) * scale
-    longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
-    room = 72 * picture_width / count / (0.6 * longest)  # so that labels do not touch
-    font_size = min(plt.rcParams["font.size"], room)
-    axes.set_xticks([gap * scale / 2 + (i + 0.5) * pitch_x for i in range(len(labels))], labels, fontsize=font_size)
-    axes.set_yticks([gap * scale / 2 + (i + 0.5) * pitch_y for i in range(len(rows))], list(rows))
+    widest_font = 72 * picture_width / columns / (0.6 * longest_line(column_labels))  # labels that just do not touch
+    font_size = min(plt.rcParams["font.size"], widest_font)
+    axes.set_xticks(0.5 + np.arange(len(column_labels)), column_labels, fontsize=font_size)
+    axes.set_yticks(0.5 + np.arange(len(rows)), rows)
     return fig
 
 
@@ -232,28 +211,32 @@ def frontier(sweeps):
     Points are guidance scales. Two kinds of weights can be compared at equal label agreement: above one another.
     """
     fig, axes = subplots(len(sweeps), 2, height=1.95 * len(sweeps), squeeze=False)
-    measures = {"Fréchet distance": "frechet_distance", "recall": "recall"}
-    for line, (name, rows) in zip(axes, sweeps.items(), strict=True):
-        for axis, (label, measure) in zip(line, measures.items(), strict=True):
+    for (left, right), (name, rows) in zip(axes, sweeps.items(), strict=True):
+        for axis, label, measure in ((left, "Fréchet distance", "frechet_distance"), (right, "recall", "recall")):
             for weights, style in WEIGHTS_STYLE.items():
-                curve = [r for r in rows if r["weights"] == weights and not r.get("cfg_interval")]
-                curve.sort(key=lambda r: r["cfg_scale"])
-                points = [(100 * r["quality"]["labels"]["agreement"], r["quality"][measure]) for r in curve]
-                axis.plot(*zip(*points, strict=True), label=weights, **style)
-                for r, point in zip(curve, points, strict=True):
-                    if r["cfg_scale"] in (1, 2, 3):
-                        offset = (-6, 5) if weights == "raw" else (-6, -10)
-                        where = {"textcoords": "offset points", "xytext": offset, "ha": "center"}
-                        axis.annotate(f"{r['cfg_scale']:g}", point, fontsize=7.5, **where)
+                curve = [row for row in rows if row["weights"] == weights and not row.get("cfg_interval")]
+                plot_guidance(axis, sorted(curve, key=lambda row: row["cfg_scale"]), measure, weights, style)
             axis.margins(0.06, 0.14)
             axis.set(xlabel="label agreement, %", ylabel=label, title=DATASETS[name].title)
         ticks = [0.05, 0.1, 0.2, 0.5, 1, 2]
-        line[0].set(yscale="log", yticks=ticks, yticklabels=map(str, ticks))
-        line[0].minorticks_off()
-        distances = [r["quality"]["frechet_distance"] for r in rows]
-        line[0].set_ylim(0.75 * min(distances), 1.3 * max(distances))
-        line[1].legend(loc="lower left")
+        left.set(yscale="log", yticks=ticks, yticklabels=ticks)
+        left.minorticks_off()
+        distances = [row["quality"]["frechet_distance"] for row in rows]
+        left.set_ylim(0.75 * min(distances), 1.3 * max(distances))
+        right.legend(loc="lower left")
     return fig
+
+
+def plot_guidance(axis, curve, measure, weights, style):
+    """A line of the frontier; the scales 1, 2 and 3 are written at their points."""
+    x = [100 * row["quality"]["labels"]["agreement"] for row in curve]
+    y = [row["quality"][measure] for row in curve]
+    axis.plot(x, y, label=weights, **style)
+    offset = (-6, 5 if weights == "raw" else -10)
+    for row, *point in zip(curve, x, y, strict=True):
+        if row["cfg_scale"] in (1, 2, 3):
+            text = f"{row['cfg_scale']:g}"
+            axis.annotate(text, point, offset, textcoords="offset points", ha="center", fontsize=7.5)
 
 
 # --- for the notebooks ---
@@ -300,29 +283,25 @@ def table(heads, rows):
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]))
 
 
-def slider(images_at, last, name, start=0.3):
+def slider(images_at, last, name):
     """A slider over 0..last that shows images_at(value) (N x C x H x W) side by side; when published, a picture."""
     import ipywidgets as widgets
 
-    def png(value):
-        buffer, images = io.BytesIO(), images_at(value)
+    def draw(value):
+        images = images_at(value)
         scale = max(1, PAGE_WIDTH // (len(images) * (images.shape[-1] + 1) + 1))
-        Image.fromarray(pixels(images, len(images), scale)).save(buffer, "PNG")
-        return buffer.getvalue()
+        show(pixels(images, len(images), scale))
 
-    first = round(start * last)
-    image = widgets.Image(value=png(first), format="png")
+    first = round(0.3 * last)
     if PUBLISHING:
-        return still(image.value, f"{name} = {first}")
-    control = widgets.IntSlider(value=first, max=last, description=name, layout={"width": f"{PAGE_WIDTH}px"})
-    control.observe(lambda change: setattr(image, "value", png(change["new"])), "value")
-    return widgets.VBox([control, image])
+        draw(first)
+        return caption(f"{name} = {first}")
+    control = widgets.IntSlider(first, max=last, description=name, layout={"width": f"{PAGE_WIDTH}px"})
+    return widgets.interactive(draw, value=control)
 
 
-def still(png, caption):
-    """What stands for a widget in a notebook that nobody runs: a picture, and what it shows."""
-    from IPython.display import Image as Picture
-    from IPython.display import Markdown, display
+def caption(text):
+    """What stands under the picture that replaces a widget in a notebook that nobody runs."""
+    from IPython.display import Markdown
 
-    display(Picture(png))
-    return Markdown(f"*{caption}. Run this cell for the controls.*")
+    return Markdown(f"*{text}. Run this cell for the controls.*")

@@ -79,9 +79,7 @@ def add_labels(emb, embedding, labels):
     return emb + embedding(labels.clamp(min=0)) * (labels >= 0)[:, None]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# PatchUNet: most of the work at low resolution, where a CPU buys the most quality per second
-# --------------------------------------------------------------------------------------------------------------------
+# --- PatchUNet: most of the work at low resolution, where a CPU buys the most quality per second ---------------------
 
 
 def equal_groups(dim, size=32):
@@ -167,9 +165,8 @@ class Attention(nn.Module):
         return x + self.out(from_heads(self.attend(q, k, v), height=x.shape[2]))
 
     def attend(self, q, k, v):
-        if (
-            q.device.type == "cpu" and q.dtype == torch.bfloat16
-        ):  # over a few dozen positions float32 is four times as fast
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            # over a few dozen positions float32 is four times as fast
             with torch.autocast("cpu", enabled=False):
                 return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
         return F.scaled_dot_product_attention(q, k, v)
@@ -188,7 +185,7 @@ class PatchUNet(nn.Module):
 
     channels     image channels, 1 or 3
     width        feature maps at the first level; level i has width * mults[i], at 1 / (patch * 2^i) of the image's side
-    depth        blocks per level, going down and again coming up
+    depth        blocks per level, going down and again coming up: one number, or one for each level
     num_classes  None: unconditional; otherwise a label's embedding is added to the time embedding
     block        "resnet" or "convnext"
     attention    linear attention at the outer levels (all but the lowest), coming up; the middle always has full
@@ -200,15 +197,17 @@ class PatchUNet(nn.Module):
     ):
         super().__init__()
         block = look_up(BLOCKS, block, "block")
-        if min(channels, width, depth, patch, *mults) < 1:
-            raise ValueError("channels, width, mults, depth and patch must be at least 1")
+        depths = [depth] * len(mults) if isinstance(depth, int) else depth
+        if len(depths) != len(mults) or min(channels, width, patch, *depths, *mults) < 1:
+            raise ValueError("channels, width, mults, depth and patch must be at least 1, with a depth for each level")
         self.channels, self.num_classes, self.patch, self.width = channels, num_classes, patch, width
         self.size_multiple = patch * 2 ** (len(mults) - 1)
         dims = [width * m for m in mults]
         emb_dim, outer = 4 * width, range(len(dims) - 1)
 
-        def blocks(dim_in, dim_out):
-            return [block(dim_in if i == 0 else dim_out, dim_out, emb_dim) for i in range(depth)]
+        def blocks(level, dim_in):
+            dims_in = [dim_in] + [dims[level]] * (depths[level] - 1)
+            return [block(d, dims[level], emb_dim) for d in dims_in]
 
         def outer_attention(level):
             return [LinearAttention(dims[level])] if attention and level in outer else []
@@ -216,14 +215,13 @@ class PatchUNet(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.label_emb = label_embedding(num_classes, emb_dim)
         self.stem = nn.Conv2d(channels * patch**2, dims[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.ModuleList(blocks(d, d)) for d in dims)
+        self.down = nn.ModuleList(nn.ModuleList(blocks(i, d)) for i, d in enumerate(dims))
         self.shrink = nn.ModuleList(nn.Conv2d(dims[i], dims[i + 1], 2, stride=2) for i in outer)
         self.mid = nn.ModuleList([block(dims[-1], dims[-1], emb_dim), Attention(dims[-1])])
-        self.up = nn.ModuleList(nn.ModuleList(blocks(2 * d, d) + outer_attention(i)) for i, d in enumerate(dims))
+        self.up = nn.ModuleList(nn.ModuleList(blocks(i, 2 * d) + outer_attention(i)) for i, d in enumerate(dims))
         self.grow = nn.ModuleList(nn.ConvTranspose2d(dims[i + 1], dims[i], 2, stride=2) for i in outer)
-        self.head = nn.Sequential(
-            norm(dims[0]), nn.SiLU(), zero_init(nn.Conv2d(dims[0], channels * patch**2, 3, padding=1))
-        )
+        last = zero_init(nn.Conv2d(dims[0], channels * patch**2, 3, padding=1))
+        self.head = nn.Sequential(norm(dims[0]), nn.SiLU(), last)
 
     def forward(self, x, t, labels=None):
         emb = self.time_mlp(sinusoidal_embedding(t, self.width))
@@ -250,9 +248,7 @@ def apply_layers(layers, x, emb):
     return x
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The course's networks
-# --------------------------------------------------------------------------------------------------------------------
+# --- the course's networks -------------------------------------------------------------------------------------------
 
 
 class DoubleConv(nn.Module):

@@ -107,7 +107,9 @@ class Run:
                 say(f"{path} was trained on {there} classes, not {here}: the labels are learnt anew")
                 state.pop("label_emb.weight", None)
                 state |= {name: w for name, w in own.items() if name == "label_emb.weight"}
-            weights.load_weights(network, state, path)
+            if new := own.keys() - state.keys():
+                say(f"{path} lacks {len(new)} of the network's {len(own)} tensors: they begin anew")
+            weights.load_weights(network, own | state, path)
 
     def state(self):
         """All that is needed to go on from here, for torch.save."""
@@ -468,6 +470,7 @@ def stop_signals():
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
+
 
 def gather(value, world):
     """The values that all processes give, in their order, in each of them. So all wait until the last has come here."""

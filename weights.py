@@ -24,8 +24,7 @@ from utils import UserError, atomic_path, is_out_of_memory, say
 def save_tensors(path, tensors, config):
     """Write named tensors and a configuration (whatever JSON can hold) to a safetensors file."""
     owned = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     contents = save(owned, {"config": json.dumps(config, sort_keys=True)})
     with atomic_path(path) as temporary:  # not save_file, which hides that the disk is full in an error of its own
@@ -51,7 +50,7 @@ def save_checkpoint(path, weights, config, losses=None, half=False):
     losses: the training loss of every step. half: store the weights in float16, as published files do.
     """
     tensors = {name: w.half() if half else w for name, w in name_tensors(weights).items()}
-    save_tensors(path, tensors if losses is None else tensors | {"losses": losses}, config)
+    save_tensors(path, tensors | ({} if losses is None else {"losses": losses}), config)
 
 
 def name_tensors(weights):
@@ -66,7 +65,7 @@ STATE_ENTRIES = {"config", "step", "losses", "model", "optimizer", "emas", "scal
 
 
 def save_state(folder, state, good=()):
-    """Write state_STEP_HASH.pt (HASH tells of damage), then drop all states but it and the last of `good`, the whole.
+    """Write state_STEP_HASH.pt (HASH tells of damage), then drop all others but the last of `good`, those known whole.
 
     Returns the two paths. (The newest by name may be damaged: then the run went on from one before it.)
     """

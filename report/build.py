@@ -39,26 +39,19 @@ def execute_notebook(path, out, timeout=600):
     from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
     notebook = nbformat.read(path, as_version=4)
-    cells = sum(cell.cell_type == "code" for cell in notebook.cells)
-    with progress(total=cells, desc=path.stem, unit="cell") as bar:
-        client = NotebookClient(
-            notebook,
-            timeout=timeout,
-            startup_timeout=timeout,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(path.parent)}},
-            record_timing=False,
-            coalesce_streams=True,
-            on_cell_executed=lambda **_: bar.update(),
-            extra_arguments=["--log-level=ERROR"],  # ipykernel's warning about local TCP would break the bar
-        )
-        try:
-            client.execute()
-        except CellExecutionError as error:
-            raise UserError(f"{path.name} failed: {error.ename}: {error.evalue} (open it to see the cell)") from error
-        except (CellTimeoutError, RuntimeError) as error:  # the kernel died, or never answered
-            advice = f"a cell may take {timeout} s, and memory may have been full: close other programs, try again"
-            raise UserError(f"{path.name} failed: {str(error).splitlines()[0]} ({advice})") from error
+    folder = {"metadata": {"path": str(path.parent)}}
+    quiet = ["--log-level=ERROR"]  # ipykernel's warning about local TCP would break the bar
+    settings = {"timeout": timeout, "startup_timeout": timeout, "record_timing": False, "coalesce_streams": True}
+    client = NotebookClient(notebook, kernel_name="python3", resources=folder, extra_arguments=quiet, **settings)
+    try:
+        with client.setup_kernel():
+            for index, cell in enumerate(progress(notebook.cells, desc=path.stem, unit="cell")):
+                client.execute_cell(cell, index)
+    except CellExecutionError as error:
+        raise UserError(f"{path.name} failed: {error.ename}: {error.evalue} (open it to see the cell)") from error
+    except (CellTimeoutError, RuntimeError) as error:  # the kernel died, or never answered
+        advice = f"a cell may take {timeout} s, and memory may have been full: close other programs, try again"
+        raise UserError(f"{path.name} failed: {str(error).splitlines()[0]} ({advice})") from error
     # the kernel's own version is no news
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     with atomic_path(out) as temporary:
@@ -67,19 +60,18 @@ def execute_notebook(path, out, timeout=600):
 
 def run_notebooks(args):
     os.environ["DDPM_PUBLISHING"] = "1"  # see figures.py
-    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    known = [path.stem for path in paths]
-    if unknown := [name for name in args.names if name not in known]:
-        raise UserError(f"there is no notebook {unknown[0]}: choose from {', '.join(known)}")
+    notebooks = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    if unknown := [name for name in args.names if name not in notebooks]:
+        raise UserError(f"there is no notebook {unknown[0]}: choose from {', '.join(notebooks)}")
     if not args.names:  # all figures are drawn again; what no notebook draws any more must not stay
-        for figure in [path for record in FIGURES.glob("*.json") for path in FIGURES.glob(f"{record.stem}.*")]:
-            figure.unlink()
-    for path in paths:
-        if not args.names or path.stem in args.names:
-            start = time.monotonic()
-            out = path if args.inplace else ROOT / "build" / path.name
-            execute_notebook(path, out)
-            print(f"wrote {out.relative_to(ROOT)} ({time.monotonic() - start:.0f} s)")
+        for record in list(FIGURES.glob("*.json")):
+            for figure in list(FIGURES.glob(f"{record.stem}.*")):
+                figure.unlink()
+    for name in args.names or notebooks:
+        start, path = time.monotonic(), notebooks[name]
+        out = path if args.inplace else ROOT / "build" / path.name
+        execute_notebook(path, out)
+        print(f"wrote {out.relative_to(ROOT)} ({time.monotonic() - start:.0f} s)")
     for name in KEPT:
         if args.inplace and (FIGURES / name).exists():
             shutil.copyfile(FIGURES / name, PICTURES / name)
@@ -89,25 +81,28 @@ def run_notebooks(args):
 
 
 def claims(value, data=None):
-    """Pairs (file of checkpoints/, SHA-256) of all that a result says it was made from."""
+    """Pairs (file of checkpoints/, SHA-256) of all that a result, or a part of one about `data`, was made from."""
     if isinstance(value, list):
-        for item in value:
-            yield from claims(item, data)
+        value = dict(enumerate(value))
     if not isinstance(value, dict):
         return
-    data, features = value.get("data", data), value.get("features")
+    data, features, checkpoint = value.get("data", data), value.get("features"), value.get("checkpoint")
     if {"name", "sha256", "config"} <= value.keys():  # a row of grid.json
         yield f"grid_{value['name']}.safetensors", value["sha256"]
-    checkpoint = value.get("checkpoint")
     if isinstance(checkpoint, str) and checkpoint != "model.safetensors":  # a run's own, which need not ship
         yield Path(checkpoint).name, value.get("sha256")
     if isinstance(features, dict):
         yield f"features_{features.get('name')}.safetensors", features.get("sha256")
-        if features.get("name") == data and isinstance(value.get("reference"), dict):  # others are computed
+        if features.get("name") == data and "reference" in value:  # others are computed
             yield f"reference_{data}.safetensors", value["reference"].get("sha256")
-    for key, item in value.items():
+    for key, part in value.items():
         if key != "config":  # which may name the checkpoint that a training started from
-            yield from claims(item, data)
+            yield from claims(part, data)
+
+
+def unchanged(path, recorded):
+    """Whether the file is there, with the SHA-256 that was recorded."""
+    return path.is_file() and sha256(path) == recorded
 
 
 def available():
@@ -116,26 +111,17 @@ def available():
     for path in sorted(FIGURES.glob("*.json")):
         about = json.loads(path.read_text())
         for source, recorded in about["sources"].items():
-            if not (ROOT / source).is_file() or sha256(ROOT / source) != recorded:
-                raise UserError(
-                    f"{about['file']} was drawn from another {source}: run `python report/build.py notebooks`"
-                )
+            if not unchanged(ROOT / source, recorded):
+                remedy = "run `python report/build.py notebooks`"
+                raise UserError(f"{about['file']} was drawn from another {source}: {remedy}")
         figures[path.stem] = about["file"]
     for path in sorted(RESULTS.glob("*.json")):
         for name, recorded in claims(json.loads(path.read_text())):
-            there = CHECKPOINTS / name
-            if recorded and not (there.is_file() and sha256(there) == recorded):
-                raise UserError(
-                    f'{path.relative_to(ROOT)} was made from another {name} than is there: run its "command" again'
-                )
+            if recorded and not unchanged(CHECKPOINTS / name, recorded):
+                remedy = 'run its "command" again'
+                raise UserError(f"{path.relative_to(ROOT)} was made from another {name} than is there: {remedy}")
         results.append(path.stem)
     return {"figures": figures, "results": results}
-
-
-def missing_figures():
-    """The names of the figures that the report shows and no notebook has drawn yet."""
-    text = "".join(path.read_text() for path in REPORT.glob("*.typ"))
-    return sorted(set(re.findall(r'picture\("(\w+)"', text)) - {path.stem for path in FIGURES.glob("*.json")})
 
 
 # --- the PDF -------------------------------------------------------------------------------------------------------
@@ -153,7 +139,9 @@ def build_pdf(lastname, out=None, allow_missing=True):
 
     if not re.fullmatch(r"[^\W_][\w' -]*", lastname):
         raise UserError(f"LASTNAME={lastname!r} cannot be part of a file name: use letters")
-    if not allow_missing and (missing := missing_figures()):
+    shown = set(re.findall(r'picture\("(\w+)"', "".join(path.read_text() for path in REPORT.glob("*.typ"))))
+    missing = sorted(shown - available()["figures"].keys())
+    if missing and not allow_missing:
         todo = "run `python report/build.py notebooks`, or go on without them by --allow-missing"
         raise UserError(f"{len(missing)} figures are not drawn yet ({', '.join(missing)}): {todo}")
     out = out or REPORT / f"{lastname}_DDPM.pdf"

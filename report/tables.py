@@ -8,6 +8,7 @@ is typed by hand, and a test can tell when one is out of date.
 
 import re
 
+from ddpm_unconditional import GRID
 from figures import CHECKPOINTS, RESULTS, read_result
 from image_data import DATASETS
 from utils import ROOT, UserError
@@ -21,40 +22,42 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def quality_row(name, q):
+def distance(row):
+    return row["quality"]["frechet_distance"]
+
+
+def averaged(sweep):
+    """The rows of a sweep's result that are about averaged weights; of no result, none."""
+    return [row for row in sweep["rows"] if row["weights"] == "ema"] if sweep else []
+
+
+def quality_row(model, q):
     """A model's distance, beside what as many real images score, and how often its samples show what was asked for."""
     own = q["features"]["name"] == q["data"]  # another data set's floor says nothing about this one
     curve = read_result(f"sanity_{q['data']}")["curve"] if own else []
     floor = next((f"{point['mean']:.3f}" for point in curve if point["count"] == q["samples"]), "")
     agreement = f"{q['labels']['agreement']:.1%}" if "labels" in q else ""
-    return [name, f"{q['frechet_distance']:.3f}", floor, agreement]
+    return [f"{DATASETS[q['data']].title}, {model}", f"{q['frechet_distance']:.3f}", floor, agreement]
 
 
 def results_table():
     """The models that ship: the grid's best and worst, longer trainings, guided and not."""
-    from ddpm_unconditional import GRID
-
-    grid = [row for row in read_result("grid")["runs"] if row["name"] in GRID]
-    grid.sort(key=lambda row: row["quality"]["frechet_distance"])
+    grid = sorted((row for row in read_result("grid")["runs"] if row["name"] in GRID), key=distance)
     rows = []
     for which, row in (("best", grid[0]), ("worst", grid[-1])):
         experiment = row["name"].replace("_", ", ")
-        rows.append(quality_row(f"Fashion-MNIST, the {which} of {len(grid)} experiments: {experiment}", row["quality"]))
+        rows.append(quality_row(f"the {which} of {len(grid)} experiments: {experiment}", row["quality"]))
     for path in sorted(RESULTS.glob("samples_*.json")):
         q = read_result(path.stem)
-        rows.append(quality_row(f"{DATASETS[q['data']].title}, `{q['checkpoint']}`", q))
+        rows.append(quality_row(f"`{q['checkpoint']}`", q))
     for path in sorted(RESULTS.glob("sweep_*.json")):
-        sweep = [row for row in read_result(path.stem)["rows"] if row["weights"] == "ema"]
-        best = min(sweep, key=lambda row: row["quality"]["frechet_distance"])
+        sweep = averaged(read_result(path.stem))
+        best = min(sweep, key=distance)
         for row in sweep:
             if row["cfg_scale"] == 1 or row is best:
                 guidance = "no guidance" if row["cfg_scale"] == 1 else f"`--cfg-scale {row['cfg_scale']:g}`"
-                rows.append(quality_row(f"{DATASETS[row['quality']['data']].title}, {guidance}", row["quality"]))
+                rows.append(quality_row(guidance, row["quality"]))
     return table(["model", "Fréchet distance", "floor", "label agreement"], rows)
-
-
-def accented(text):
-    return text.replace("Frechet", "Fréchet")
 
 
 def number(x):
@@ -65,86 +68,72 @@ def speed_table():
     """The comparisons of speed, a table for each machine."""
     rows, parts = [row for row in read_result("benchmark")["rows"] if "gain" in row], []
     for machine in dict.fromkeys(row["machine"] for row in rows):
-        lines, notes, here = [], [], [row for row in rows if row["machine"] == machine]
+        here = [row for row in rows if row["machine"] == machine]
+        lines = []
         for row in here:
-            gain = row["gain"]
-            turns = f" ({gain['min']:.3g} to {gain['max']:.3g})" if row["turns"] > 1 else ""
+            what = row["what"] + (f" ({row['note']})" if "note" in row else "")
             sides = [f"{number(row[side]['median'])} {row['unit']}" for side in ("plain", "ours")]
-            lines.append([accented(row["what"]), *sides, f"{gain['median']:.3g}{turns}"])
-            notes += [f"- {row['what']}: {row['note']}"] if "note" in row else []
-        header = ["what", "plain", "ours", "times better (lowest to highest)"]
+            lines.append([what, *sides, "{median:.3g} ({min:.3g} to {max:.3g})".format(**row["gain"])])
         loads = [row["load_before"] for row in here]
-        where = f"On {machine} (load average before the measurements: {min(loads):.1f} to {max(loads):.1f}):"
-        parts += [where, table(header, lines), *(["\n".join(notes)] if notes else [])]
+        parts.append(f"On {machine} (load average before the measurements: {min(loads):.1f} to {max(loads):.1f}):")
+        parts.append(table(["what", "plain", "ours", "times better (lowest to highest)"], lines))
     return "\n\n".join(parts)
 
 
 def samplers_table():
-    """Frechet distance against sampler and steps."""
+    """Fréchet distance against sampler and steps."""
     rows = [row for row in read_result("benchmark")["rows"] if "samplers" in row]
-    counts = sorted({int(steps) for row in rows for points in row["samplers"].values() for steps in points})
-    lines = [
-        [
-            f"`{row['checkpoint']}`",
-            sampler,
-            *(f"{points[str(n)]['frechet_distance']:.2f}" if str(n) in points else "" for n in counts),
-        ]
-        for row in rows
-        for sampler, points in row["samplers"].items()
-    ]
-    return table([accented(rows[0]["what"]), "sampler", *(f"{n} steps" for n in counts)], lines)
+    counts = list(rows[0]["samplers"]["ddpm"])
+    lines = []
+    for row in rows:
+        for sampler, points in row["samplers"].items():
+            distances = [f"{points[n]['frechet_distance']:.2f}" if n in points else "" for n in counts]
+            lines.append([f"`{row['checkpoint']}`", sampler, *distances])
+    return table([rows[0]["what"], "sampler", *(f"{n} steps" for n in counts)], lines)
 
 
-def reliability_lines():
+def reliability_list():
+    """What the stress tests did and saw."""
     result = read_result("reliability")
     kill, disk, fuzz = result["kill"], result["disk_full"], result["fuzz"]
     train, other = disk["training"], disk["sample_publish_unpack"]
     survived = train["survived_and_resumed_to_the_same_bits"] + other["survived_with_nothing_half_written"]
-    kills, inside = sum(kill["kills"].values()), kill["kills"]["inside a save"]
-    same, finished = kill["runs_identical_to_the_unkilled"], kill["runs_finished"]
-    unreadable, lost = kill["unreadable_states_or_checkpoints"], kill["saved_steps_lost"]
-    moments, cases, refused = train["faults"] + other["faults"], fuzz["cases"], fuzz["refused_with_one_line"]
-    bad = fuzz["tracebacks_hangs_half_written_or_outside"]
-    return f"""- `{kill["command"]}`: training was killed {kills} times, {inside} of them in the middle of a save.
-  {same} of {finished} finished runs ended with exactly the weights of the run that nobody killed.
-  {unreadable} files could not be read, and {lost} saved steps were lost.
-- `{disk["command"]}`: the disk was full at {moments} different moments.
+    return f"""- `{kill["command"]}`: training was killed {sum(kill["kills"].values())} times,
+  {kill["kills"]["inside a save"]} of them in the middle of a save. {kill["runs_identical_to_the_unkilled"]} of
+  {kill["runs_finished"]} finished runs ended with exactly the weights of the run that nobody killed.
+  {kill["unreadable_states_or_checkpoints"]} files could not be read; {kill["saved_steps_lost"]} saved steps were lost.
+- `{disk["command"]}`: the disk was full at {train["faults"] + other["faults"]} different moments.
   {survived} times nothing was lost or left half written.
-- `{fuzz["command"]}`: {cases:,} commands with odd flags or damaged files.
-  {refused:,} were refused with one clear line; {bad} ended in a traceback, a hang or a half-written file."""
+- `{fuzz["command"]}`: {fuzz["cases"]:,} commands with odd flags or damaged files.
+  {fuzz["refused_with_one_line"]:,} were refused with one clear line;
+  {fuzz["tracebacks_hangs_half_written_or_outside"]} ended in a traceback, a hang or a half-written file."""
+
+
+def measured(stem):
+    """What is known of a checkpoint's samples: by themselves, or with the best guidance; None where nothing is."""
+    rows = [row for row in read_result("grid")["runs"] if f"grid_{row['name']}" == stem]
+    rows = rows or averaged(read_result(f"sweep_{stem.removesuffix('_conditional')}"))
+    return read_result(f"samples_{stem}") or (min(rows, key=distance)["quality"] if rows else None)
 
 
 def checkpoints_table():
     """Every published model: what it was trained on, for how long, and its numbers."""
-    grid = {f"grid_{r['name']}": r["quality"] for r in (read_result("grid") or {"runs": []})["runs"]}
     rows = []
     for path in sorted(CHECKPOINTS.glob("*.safetensors")):
         if path.stem.startswith(("features_", "reference_")):
             continue
         tensors, config = read_checkpoint(path)
-        kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
-        train, diffusion = config["train"], config["diffusion"]
+        train, diffusion, data = config["train"], config["diffusion"], config["data"]
+        how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}"
+        bound = ", vlb" if diffusion.get("objective") == "vlb" else ""
         seen = images_seen(train)
-        how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}" + (
-            ", vlb" if diffusion.get("objective") == "vlb" else ""
-        )
-        q = grid.get(path.stem) or read_result(f"samples_{path.stem}")
-        if sweep := read_result(f"sweep_{path.stem.removesuffix('_conditional')}"):
-            q = q or min(
-                (r["quality"] for r in sweep["rows"] if r["weights"] == "ema"), key=lambda q: q["frechet_distance"]
-            )
-        rows.append(
-            [
-                f"`{path.stem}`",
-                DATASETS[config["data"]["name"]].title,
-                how,
-                f"{seen / 1e6:.2f} M ({seen / config['data']['images']:.3g} epochs)",
-                str(train["seed"]),
-                ", ".join(kinds),
-                f"{path.stat().st_size / 1e6:.1f} MB",
-                f"{q['frechet_distance']:.3f} ({q['samples']:,} samples)" if q else "",
-            ]
-        )
+        epochs = f"{seen / 1e6:.2f} M ({seen / data['images']:.3g} epochs)"
+        kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
+        size = f"{path.stat().st_size / 1e6:.1f} MB"
+        q = measured(path.stem)
+        reached = f"{q['frechet_distance']:.3f} ({q['samples']:,} samples)" if q else ""
+        about = [how + bound, epochs, str(train["seed"]), ", ".join(kinds), size, reached]
+        rows.append([f"`{path.stem}`", DATASETS[data["name"]].title, *about])
     return table(["file", "data", "diffusion", "images seen", "seed", "weights", "size", "Fréchet"], rows)
 
 
@@ -152,7 +141,7 @@ TABLES = {
     "results": results_table,
     "speed": speed_table,
     "samplers": samplers_table,
-    "reliability": reliability_lines,
+    "reliability": reliability_list,
     "checkpoints": checkpoints_table,
 }
 
@@ -163,7 +152,8 @@ def fill(text):
     def replace(match):
         if match[1] not in TABLES:
             raise UserError(f"there is no table {match[1]!r}: choose from {', '.join(TABLES)}")
-        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+        contents = TABLES[match[1]]().replace("Frechet", "Fréchet")  # results are plain ASCII
+        return f"<!-- {match[1]} -->\n{contents}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 

@@ -136,17 +136,11 @@ def test_the_published_commands_train_the_published_networks(monkeypatch):
         if str(args.out) not in published:
             continue  # the first of two runs
         _, config = read_checkpoint(ROOT / "checkpoints" / published.pop(str(args.out)))
-        channels = build_model(config["model"]).channels
-        data = image_data.ImageData(
-            torch.empty(1, channels, 1, 1), torch.zeros(1).long(), config["data"]["classes"], "", False, 1
-        )
+        network = build_model(config["model"])
+        x, classes = torch.empty(1, network.channels, 1, 1), config["data"]["classes"]
         args.init = None
-        made = cli.make_config(args, data)
-        shapes = [
-            {name: weight.shape for name, weight in build_model(c["model"]).state_dict().items()}
-            for c in (made, config)
-        ]
-        assert shapes[0] == shapes[1], script
+        made = cli.make_config(args, image_data.ImageData(x, torch.zeros(1).long(), classes, "", False, 1))
+        build_model(made["model"]).load_state_dict(network.state_dict())  # equal names and shapes
         assert made["diffusion"] == config["diffusion"]
         for name in "loss batch_size lr optimizer seed ema_betas ema_start p_uncond label_dropout".split():
             assert made["train"][name] == config["train"][name], (script, name)
@@ -157,24 +151,20 @@ def test_the_published_commands_train_the_published_networks(monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("suffix", ["png", "gif", "npz"])
-def test_sample(script, suffix, plain, classes, tmp_path, capsys):
+def test_sample(script, plain, classes, tmp_path, capsys):
+    """In every format; a GIF is enlarged."""
     checkpoint = classes if script == "ddpm_conditional.py" else plain
-    out = tmp_path / f"new/folder/x.{suffix}"
-    flags = ["--n", 5, "--steps", 4, "--device", "cpu"]
-    run(SCRIPTS[script].main, "sample", "--checkpoint", checkpoint, *flags, "--out", out)
-    assert f"wrote {out}" in capsys.readouterr().out
-    assert [p.name for p in out.parent.iterdir()] == [out.name]
-    if suffix == "npz":
-        images, labels = load_samples(out)
-        assert images.shape == (5, 1, 8, 8)
-        assert (labels is None) == (checkpoint == plain)
-    else:
-        with Image.open(out) as image:
-            side, padding = (8, 2) if suffix == "png" else (16, 2)  # a GIF is enlarged
-            assert image.size == (3 * (side + padding) + padding, 2 * (side + padding) + padding)
-            frames = getattr(image, "n_frames", 1)
-        assert frames == 1 if suffix == "png" else frames > 4
+    for suffix, size in {"png": (32, 22), "gif": (56, 38), "npz": None}.items():
+        out = tmp_path / f"new/{suffix}/x.{suffix}"
+        flags = ["--checkpoint", checkpoint, "--n", 5, "--steps", 4, "--device", "cpu"]
+        run(SCRIPTS[script].main, "sample", *flags, "--out", out)
+        assert f"wrote {out}" in capsys.readouterr().out and list(out.parent.iterdir()) == [out]
+        if suffix == "npz":
+            images, labels = load_samples(out)
+            assert images.shape == (5, 1, 8, 8) and (labels is None) == (checkpoint == plain)
+        else:
+            with Image.open(out) as image:
+                assert image.size == size and getattr(image, "n_frames", 1) == (5 if suffix == "gif" else 1)
 
 
 @pytest.fixture
@@ -190,17 +180,13 @@ def sampled(tmp_path):
     return sample
 
 
-@pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
-def test_image_i_whatever_the_number_and_the_batch(sampler, plain, sampled):
+def test_image_i_whatever_the_number_and_the_batch(plain, sampled):
     """Up to rounding: a convolution may add up in another order in a batch of another size."""
-    flags = ["--checkpoint", plain, "--sampler", sampler, *([] if sampler == "ddpm" else ["--eta", 0.5])]
-    images, _ = sampled(ddpm.main, *flags, "--n", 7)
-    for n, batch_size in ((3, 250), (7, 1), (7, 4), (12, 5)):
-        again, _ = sampled(ddpm.main, *flags, "--n", n, "--batch-size", batch_size)
-        n = min(len(again), 7)
-        assert np.abs(again[:n].astype(int) - images[:n]).max() <= 1
-    assert len({image.tobytes() for image in images}) == 7
-    seed_1, _ = sampled(ddpm.main, *flags, "--n", 7, "--seed", 1)
+    flags = ["--checkpoint", plain, "--sampler", "dpm", "--n"]
+    images, _ = sampled(ddpm.main, *flags, 7)
+    again, _ = sampled(ddpm.main, *flags, 12, "--batch-size", 5)
+    assert np.abs(again[:7].astype(int) - images).max() <= 1
+    seed_1, _ = sampled(ddpm.main, *flags, 7, "--seed", 1)
     assert (seed_1 != images).mean() > 0.1
 
 
@@ -217,7 +203,7 @@ CLASSES = ["10", "cat", "Cat", "Dog", "Paris, France", "2"]
         ("cat", CLASSES, [1]),
         ("Cat, dog", CLASSES, [2, 3]),
         ("DOG,cat", CLASSES, [3, 1]),
-        ("Paris, France,Dog,0", CLASSES, [4, 3, 0]),
+        ('"Paris, France",Dog,0', CLASSES, [4, 3, 0]),
         ("2,10", CLASSES, [5, 0]),
         ("1", CLASSES, [1]),
     ],
@@ -273,8 +259,8 @@ def test_a_long_gif_is_short(plain, tmp_path):
     run(ddpm.main, "sample", "--checkpoint", plain, "--n", 1, "--steps", 20, "--out", out)
     with Image.open(out) as gif:
         assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) == 50 * (21 + 20)
-    frames = [torch.full((1, 1, 2, 2), i % 256, dtype=torch.uint8) for i in range(1001)]
-    cli.save_denoising_gif(frames, tmp_path / "long.gif", 1)
+    frames = (torch.full((1, 1, 2, 2), i % 256, dtype=torch.uint8) for i in range(1001))
+    cli.save_denoising_gif(frames, 1001, tmp_path / "long.gif", 1)
     with Image.open(tmp_path / "long.gif") as gif:
         assert 40 <= gif.n_frames <= 61
 
@@ -388,7 +374,7 @@ def test_sweep_goes_on_where_it_stopped(classes, tmp_path, monkeypatch):
     assert rows == [("raw", "raw", 1, 1), ("raw", "raw", 3, 2), ("ema", "ema_0.5", 1, 4), ("ema", "ema_0.5", 3, 5)]
     assert result["sha256"] == utils.sha256(classes) and result["config"] == read_checkpoint(classes)[1]
     assert result["sampler"] == {"sampler": "dpm", "steps": 3, "eta": 1.0}
-    assert "--weights raw ema --scales 1 3 --n 20 --sampler dpm --steps 3 --seed 0 --out" in result["command"]
+    assert result["command"].endswith("--n 20 --steps 3 --scales 1 3")
     assert measured[0].shape == (20, 1, 8, 8)
     assert np.array_equal(measured[2], measured[3])
     assert not any(np.array_equal(a, b) for a, b in itertools.combinations(measured[:2] + measured[3:], 2))
@@ -504,22 +490,14 @@ def test_publish(runs, tmp_path, capsys, sampled):
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        *[(s, c) for s in SCRIPTS for c in ("train", "sample", "publish")],
-        ("ddpm_unconditional.py", "grid"),
-        ("ddpm_conditional.py", "sweep"),
-        ("ddpm.py",),
-    ],
-)
-def test_help(argv, capsys):
-    with pytest.raises(SystemExit) as exit:
-        run(SCRIPTS[argv[0]].main, *argv[1:], "--help")
-    out = capsys.readouterr().out
-    assert exit.value.code == 0 and out.startswith("usage:")
-    if argv[1:] and argv[1] != "publish":
-        assert "(default: 0)" in out  # of --seed
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script, capsys):
+    more = {"ddpm_unconditional.py": ["grid"], "ddpm_conditional.py": ["sweep"]}
+    for command in ("train", "sample", "publish", *more.get(script, [])):
+        with pytest.raises(SystemExit, match="0"):
+            run(SCRIPTS[script].main, command, "--help")
+        out = capsys.readouterr().out
+        assert out.startswith("usage:") and ("(default: 0)" in out or command == "publish")  # of --seed
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -533,17 +511,14 @@ def test_help(argv, capsys):
         (["--timesteps", 1_000_000], "timesteps must be between"),
         (["--timesteps", 90_000, "--schedule", "linear"], "too many for the linear schedule"),
         (["--epochs", 0], "--epochs"),
-        (["--epochs", "inf"], "--epochs"),
         (["--epochs", "1e8"], "steps: that is a mistake"),
         (["--minutes", 1, "--epochs", 1], "not allowed with"),
         (["--seed", -1], "--seed"),
         (["--seed", "9" * 400], "--seed"),
-        (["--batch-size", "1e999"], "--batch-size"),
         (["--data", ""], "no data called ''"),
         (["--mults", 1, 0], "--mults"),
         (["--model", "course", "--width", 6], "multiple of 4"),
         (["--model", "course", "--mults", 1, 2], "a shape of its own: leave --mults 1 2 out"),
-        (["--model", "course", "--no-attention"], "leave --no-attention out"),
         (["--ema-beta", 1], "--ema-beta"),
         (["--image-size", 10], "--image-size that 4 divides"),
         (["--accumulate", 3], "must be a multiple"),
@@ -577,8 +552,11 @@ def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused, monkeypatc
     "flags, message",
     [
         (["--checkpoint", "nowhere.safetensors"], "no checkpoint at nowhere.safetensors"),
+        (["--checkpoint", "plain", "--cfg-scale", 3], "this checkpoint has no classes"),
+        (["--checkpoint", "plain", "--labels", "0"], "this checkpoint has no classes"),
+        (["--cfg-scale", 3, "--labels", "none"], "leave --labels none out"),
         (["--n", 0], "--n"),
-        (["--steps", 21], "--steps 21 is more than the model's 20 timesteps"),
+        (["--steps", 21], "20 timesteps"),
         (["--eta", 1.5], "--eta"),
         (["--sampler", "ddpm", "--eta", 1], "--eta is for --sampler ddim or dpm"),
         (["--sampler", "dpm", "--variance", "beta"], "--variance is for --sampler ddpm"),
@@ -589,14 +567,12 @@ def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused, monkeypatc
         (["--image-size", 10], "--image-size that 4 divides"),
         (["--labels", "10"], "label 10 is out of range: this checkpoint has the classes 0 to 9"),
         (["--labels", "0,-1"], "label -1 is out of range"),
-        (["--labels", "cats"], "not 'cats'"),
-        (["--labels", "0,,1"], "--labels"),
         (["--out", "x.jpg"], ".png, .gif or .npz"),
     ],
 )
-def test_bad_sample_flags(flags, message, classes, tmp_path, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--checkpoint", classes, "--out", tmp_path / "x.png", *flags]
+def test_bad_sample_flags(flags, message, runs, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(runs)
+    flags = ["--checkpoint", "classes", "--out", tmp_path / "x.png", *flags]
     assert message in refused(ddpm_conditional.main, "sample", *flags)
     assert everything(tmp_path) == {}
 
@@ -626,18 +602,23 @@ def test_bad_publish(flags, message, runs, tmp_path, refused, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "only, flags, message",
+    "flags, message",
     [
-        ("cosine_l4", [], "invalid choice: 'cosine_l4'"),
-        ("linear_l2_10_epochs", ["--loss", "l1"], "linear_l2_10_epochs has its own --loss"),
-        ("linear_l2_10_epochs", ["--epochs", 3], "has its own --epochs"),
-        ("linear_l2_10_epochs", ["--minutes", 5], "has its own --epochs"),
-        ("linear_l2_seed1", ["--seed", 3], "has its own --seed, 1"),
-        ("linear_l2_flip", ["--no-flip"], "has its own --flip"),
+        (["--only", "cosine_l4"], "invalid choice: 'cosine_l4'"),
+        (["--only", "linear_l2_10_epochs", "--loss", "l1"], "linear_l2_10_epochs has its own --loss"),
+        (["--only", "linear_l2_10_epochs", "--minutes", 5], "has its own --epochs"),
+        (["--only", "linear_l2_seed1", "--seed", 3], "has its own --seed, 1"),
+        (["--only", "linear_l2_flip", "--no-flip"], "has its own --flip"),
+        (["--timesteps", 50], "--timesteps must be at least"),
+        (["--n", 100], "make at least 129"),
+        (["--image-size", 32], "32 x 32"),
+        (["--data", "nowhere/fashion_mnist"], "no folder nowhere/fashion_mnist"),
     ],
 )
-def test_bad_grid(only, flags, message, tmp_path, refused):
-    assert message in refused(ddpm_unconditional.main, "grid", "--out", tmp_path / "grid", "--only", only, *flags)
+def test_bad_grid(flags, message, tmp_path, refused):
+    """What could not be measured is not trained either."""
+    assert message in refused(ddpm_unconditional.main, "grid", "--out", tmp_path / "grid", *flags)
+    assert not (tmp_path / "grid").exists()
 
 
 def test_bad_sweep(plain, classes, tmp_path, refused, monkeypatch):
@@ -653,7 +634,7 @@ def test_bad_sweep(plain, classes, tmp_path, refused, monkeypatch):
         ("nowhere.safetensors", [], "nowhere"),
         (course, ["--weights", "raw"], "add --data"),
         (course, ["--weights", "raw", "--data", "fashion_mnist"], "64 x 64"),
-        (classes, ["--steps", 21], "more than the model's 20 timesteps"),
+        (classes, ["--steps", 21], "20 timesteps"),
         (classes, ["--intervals", "20-30"], "must begin below the model's 20 timesteps"),
         (classes, ["--intervals", "none", "9-5"], "9-5 is not an interval of timesteps"),
         (classes, ["--intervals", "5"], "invalid interval value: '5'"),
@@ -667,41 +648,18 @@ def test_bad_sweep(plain, classes, tmp_path, refused, monkeypatch):
         assert everything(tmp_path) == before
 
 
-def test_guidance_needs_labels(plain, classes, tmp_path, refused):
-    flags = ["sample", "--out", tmp_path / "x.png", "--checkpoint"]
-    assert "this checkpoint has no classes" in refused(ddpm_conditional.main, *flags, plain, "--cfg-scale", 3)
-    assert "this checkpoint has no classes" in refused(ddpm_conditional.main, *flags, plain, "--labels", "0")
-    error = refused(ddpm_conditional.main, *flags, classes, "--cfg-scale", 3, "--labels", "none")
-    assert "leave --labels none out" in error
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--timesteps", 50], "--timesteps must be at least"),
-        (["--n", 100], "make at least 129"),
-        (["--image-size", 32], "32 x 32"),
-        (["--data", "nowhere/fashion_mnist"], "no folder nowhere/fashion_mnist"),
-    ],
-)
-def test_a_grid_that_could_not_be_measured_is_not_trained(flags, words, tmp_path, refused):
-    assert words in refused(ddpm_unconditional.main, "grid", "--out", tmp_path / "grid", *flags)
-    assert not (tmp_path / "grid").exists()
-
-
 def test_samples_name_their_source(classes, tmp_path):
-    run(ddpm_conditional.main, "sample", "--checkpoint", classes, "--n", 2, "--seed", 3, "--out", tmp_path / "x.npz")
-    source = utils.samples_source(tmp_path / "x.npz")
-    assert (source["checkpoint"], source["sha256"]) == (classes.name, utils.sha256(classes))
-    assert (source["seed"], source["sampler"], source["steps"], source["eta"]) == (3, "ddim", 20, 0)
-    assert source["weights"] == "ema_0.5"  # the run's first average
-    assert (source["clip"], source["variance"]) == (True, None)
+    out = tmp_path / "x.npz"
+    origin = {"checkpoint": classes.name, "sha256": utils.sha256(classes), "weights": "ema_0.5"}  # the first average
+    by_default = {"seed": 3, "sampler": "ddim", "steps": 20, "eta": 0, "clip": True, "variance": None}
+    by_ddpm = {"sampler": "ddpm", "steps": 2, "eta": None, "clip": False, "variance": "beta"}
     ddpm_flags = ["--sampler", "ddpm", "--steps", 2, "--variance", "beta", "--no-clip"]
-    run(ddpm_conditional.main, "sample", "--checkpoint", classes, "--n", 2, *ddpm_flags, "--out", tmp_path / "z.npz")
-    source = utils.samples_source(tmp_path / "z.npz")
-    assert (source["eta"], source["clip"], source["variance"]) == (None, False, "beta")  # DDPM has no eta
-    utils.save_samples(tmp_path / "y.npz", torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
-    assert utils.samples_source(tmp_path / "y.npz") == {}
+    for flags, expected in ((["--seed", 3], by_default), (ddpm_flags, by_ddpm)):
+        run(ddpm_conditional.main, "sample", "--checkpoint", classes, "--n", 2, *flags, "--out", out)
+        source = utils.samples_source(out)
+        assert source | origin | expected == source
+    utils.save_samples(out, torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert utils.samples_source(out) == {}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

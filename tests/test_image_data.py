@@ -29,10 +29,7 @@ from utils import UserError, generator
 
 
 def test_the_shipped_sample_stands_in_without_network(capsys, monkeypatch, tmp_path):
-    def refuse(*_, **__):
-        raise AssertionError("load_data must not use the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("load_data must not use the network"))
     sample = utils.ROOT / "data/fashion_mnist_sample"
     assert sum(file.stat().st_size for file in sample.iterdir()) < 2_000_000
     monkeypatch.setattr(image_data, "ROOT", tmp_path)  # without data/fashion_mnist
@@ -78,8 +75,6 @@ def test_sizes_and_classes_of_mnist_files(idx_folder):
     "stem, damage",
     [
         ("train-images-idx3-ubyte", lambda content: content[:-1]),
-        ("train-images-idx3-ubyte", lambda content: content[:7]),
-        ("train-images-idx3-ubyte", lambda content: b""),
         ("train-images-idx3-ubyte", lambda content: b"\0\0\x0d\x03" + content[4:]),
         ("train-images-idx3-ubyte", lambda content: content + b"\0"),
         ("train-images-idx3-ubyte", lambda content: content[:8] + b"\0\0\0\x0e\0\0\0\x38" + content[16:]),  # 14 x 56
@@ -89,7 +84,6 @@ def test_sizes_and_classes_of_mnist_files(idx_folder):
         ("train-images-idx3-ubyte", None),
         ("train-images-idx3-ubyte.gz", lambda content: content[:-20]),
         ("train-images-idx3-ubyte.gz", lambda content: b"not gzip"),
-        ("train-images-idx3-ubyte.gz", lambda content: content[:100] + b"\xff" * 50 + content[150:]),
     ],
 )
 def test_damaged_idx_files_are_named(tmp_path, idx_folder, stem, damage):
@@ -222,17 +216,14 @@ def make(root, files):
         (0, "TRAIN/b x 2, TRAIN/a x 2, VALID/a x 1, VALID/b x 2", 4, 3, "a b", "VALID/ is held out"),
         (0, "seg_train/seg_train/a x 3, seg_test/seg_test/a x 2, seg_pred/a x 4", 3, 2, "a", "4 in folders that are"),
         (0, "train2017 x 4, val2017 x 2", 4, 2, "", ""),
-        (0, "train_set/a x 2, test-images/a x 1", 2, 1, "a", ""),
         (0, "train/a x 4, test/a x 3, val/a x 2", 4, 3, "a", "2 in folders that are neither"),
         (0, "train/a x 4, validation/a x 2, readme.md", 4, 2, "a", ""),
         (0, "data/set/PetImages/Cat x 10, data/set/PetImages/Dog x 10, data/readme[1].txt", 18, 2, "Cat Dog", ""),
-        (0, "photos/train/train/a x 4, photos/test/test/a x 2", 4, 2, "a", ""),
         (0, "images/train x 4, images/val x 2, labels/train/a.txt, labels/val/b.txt", 4, 2, "", ""),
         (0, "train x 10, bus x 10", 18, 2, "bus train", ""),  # vehicles
         (0, "train/train x 3, train/bus x 3, test/train x 1, test/bus x 1", 6, 2, "bus train", ""),
         (0, "training x 10, reading x 10, test x 10", "rename training/", "", "", ""),
         (0, "train/1 x 10, train/2 x 10, bus x 10", "read in two ways.* classes bus, train", "", "", ""),
-        (0, "test x 10, control x 10", 18, 2, "control test", ""),
         (0, "trainers x 10, boots x 10", 18, 2, "boots trainers", ""),
         (0, "train/a x 20", 18, 2, "a", ""),
         (0, "train x 20", 18, 2, "", ""),
@@ -240,19 +231,10 @@ def make(root, files):
         (1, "class_9 x 5, class_10 x 4", 9, "too few", "class_9 class_10", ""),
         (0, "a.png, b.png, c.JPG, edited x 7, edited/raw x 10", 18, 2, "", ""),  # an album beside
         (0, "photos x 10, run/state_00000005_0123456789abcdef.pt, run/samples.png", 9, 1, "photos", ""),
-        (0, "photos x 10, runs/a/model.safetensors, runs/a/samples.png", 9, 1, "photos", ""),
         (0, "a x 10, Thumbs.db, a/desktop.ini, a/clip.mpg", 9, 1, "a", "3 not an image, such as Thumbs.db"),
-        (0, "a x 9, no_suffix", 9, 1, "", ""),
         (0, "a x 10, @eaDir/a x 3, __MACOSX/a x 3, .hidden x 2", 9, 1, "a", ""),
         (0, "cat x 10, dog x 9, cover.png", 18, 2, "", ""),
-        (
-            1,
-            "cat x 10, dog x 10, cover.png, back.png",
-            18,
-            2,
-            "cat dog",
-            "2 beside the class folders, such as back.png",
-        ),
+        (1, "cat x 10, dog x 10, cover.png, back.png", 18, 2, "cat dog", "2 beside the class folders"),
         (1, "0.png, 1.png, edited x 1", "2 images of no class beside 1 in the class folders edited", "", "", ""),
         (1, ", ".join(f"{i}.png" for i in range(12)), "has no labels, .* use class folders", "", "", ""),
         (0, "train/cat x 10, train/dog x 10, test x 7", 20, 7, "", ""),  # as of competitions
@@ -300,17 +282,12 @@ def test_the_size_is_judged_from_all_files(sides, size, crop, tmp_path, capsys):
 
 def test_the_data_line(tmp_path):
     class_folder(tmp_path, {"bicycle": 30, "bus": 30, "train": 30}, (64, 64))
-    for name, content in (("Thumbs.db", b"x"), ("bus/BAD.jpg", b"\xff\xd8\xff"), ("bus/NONE.jpg", b"")):
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / "Thumbs.db").write_bytes(b"x")
     train, test = (load_data(tmp_path, split, labels=True) for split in ("train", "test"))
     line, left_out = image_data.describe(train, test, labels=True).split("\n")
     assert line == "data: 81 images for training, 9 held out; 64 x 64 RGB; 3 classes: bicycle, bus, train"
-    assert left_out.startswith("left out: 1 not an image, such as Thumbs.db; ")
-    assert "1 empty, such as bus/NONE.jpg" in left_out and "such as bus/BAD.jpg" in left_out
-    assert image_data.describe(train, None, labels=False).startswith(
-        "data: 81 images for training, 0 held out; 64 x 64 RGB\n"
-    )
-    many = make_data(torch.zeros(60_000, 1, 1, 1, dtype=torch.uint8))
+    assert left_out == "left out: 1 not an image, such as Thumbs.db"
+    many = make_data(torch.zeros(60_000, 1, 1, 1, dtype=torch.uint8), labels=torch.zeros(60_000), classes=["a"])
     assert image_data.describe(many, None, False) == "data: 60,000 images for training, 0 held out; 1 x 1 grey"
 
 
@@ -341,20 +318,6 @@ def test_grey_folders_have_one_channel(tmp_path, idx_folder, capsys):
 
 
 # --- the table, the fingerprint, the cache ---------------------------------------------------------------------
-
-
-def test_a_data_set_is_one_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_data, "ROOT", tmp_path)
-    row = image_data.DataSet("toy blocks", folders=("toys/blocks",), image_size=8, flip=False)
-    monkeypatch.setitem(image_data.DATASETS, "blocks", row)
-    with pytest.raises(UserError, match="^toy blocks is not there: run `python download_datasets.py blocks`"):
-        load_data("blocks")
-    class_folder(tmp_path / "toys/blocks", {"cube": 10, "ball": 10}, (30, 20))
-    data = load_data("blocks")
-    assert data.images.shape == (18, 3, 8, 8) and (data.name, data.classes) == ("blocks", ["ball", "cube"])
-    assert (data.flip, data.crop) == (False, False) and image_data.describe_folder("blocks") is None
-    with pytest.raises(UserError, match="neither a folder nor one of fashion_mnist, .*landscapes, blocks$"):
-        load_data("bricks")
 
 
 def test_a_folder_is_known_by_its_files_wherever_it_lies(tmp_path):
@@ -423,18 +386,14 @@ GREYS = (RAMP * 255).round()
     "name, pixels, expected",
     [
         ("one.tif", RAMP.astype(np.float32), GREYS),
-        ("eight.tif", (RAMP * 255).astype(np.float32), GREYS),
         ("sixteen.tif", (RAMP * 65535).astype(np.float32), GREYS),
         ("sixteen.png", (RAMP * 65535).astype(np.uint16), GREYS),
-        ("uint16.tif", (RAMP * 65535).astype(np.uint16), GREYS),
         ("uint12.tif", (RAMP * 4095).astype(np.uint16), GREYS),
-        ("int8.tif", (RAMP * 255).astype(np.int32), GREYS),
         ("int16.tif", (RAMP * 65535).astype(np.int32), GREYS),
         ("int32.tif", (RAMP * (2**31 - 1)).astype(np.int32), GREYS),
         ("dark.png", (RAMP * 600).astype(np.uint16), RAMP * 600 / 257),  # PNG's range is known
         ("black.tif", np.zeros((64, 64), np.float32), np.zeros((64, 64))),
         ("signed.tif", (RAMP * 2 - 1).astype(np.float32), None),
-        ("negative.tif", (RAMP * 1000 - 500).astype(np.int32), None),
         ("hdr.tif", (RAMP * 3).astype(np.float32), None),
         ("nan.tif", np.full((64, 64), np.nan, np.float32), None),
     ],
@@ -458,12 +417,10 @@ def test_numbers_of_every_format_are_scaled_by_their_range(name, pixels, expecte
         ("palette.png", "P", {}),
         ("half.png", "LA", {}),
         ("bits.png", "1", {}),
-        ("x.bmp", "RGB", {}),
         ("x.webp", "RGB", {"lossless": True}),
         ("x.tiff", "CMYK", {}),
         ("x.gif", "P", {"save_all": True, "append_images": [Image.new("P", (90, 70))]}),
         ("moving.webp", "RGB", {"lossless": True, "save_all": True, "append_images": [Image.new("RGB", (90, 70))]}),
-        ("moving.png", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (90, 70))]}),
     ],
 )
 def test_everything_that_pillow_opens_counts(name, mode, settings, tmp_path):
@@ -500,23 +457,17 @@ ORIENTATION = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
         (0xE1, b"Exif\0\0" + exif(ORIENTATION), True),
         (0xE1, exif(struct.pack("<HHIHH", 0x0112, 3, 1, 9, 0)), False),  # there is no such orientation
         (0xE1, exif(struct.pack("<HHI4s", 0x0112, 2, 3, b"ab\0\0")), False),
-        (0xE1, exif(b"")[:-10], False),
         (0xE1, b"Exif\0\0II*\0\xff\xff\xff\0", False),
-        (0xE1, b"Exif\0\0" + ORIENTATION, False),
-        (0xE1, b"Exif\0\0", False),
         (0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><tiff:Orientation", False),
         (0xE2, b"ICC_PROFILE\0\1\2abc", False),
         (0xE2, b"MPF\0II*\0\x08\0\0\0\xff\xff", False),
         (0xED, b"Photoshop 3.0\0008BIM\x03\xed\0\0\0\0\0\x10ab", False),
         (0xEE, b"Adobe\0", False),
-        (0xE0, b"JFIF\0\1", False),
         (b"tEXt", b"Comment\0wrong checksum", False),
         (b"zTXt", b"Comment\0\0" + zlib.compress(b" " * 5_000_000), False),
         (b"iCCP", b"icc\0\1garbage", False),
         (b"pHYs", b"\0", False),
-        (b"sRGB", b"", False),
         (b"eXIf", b"II*\0\xff\xff\xff\xff", False),
-        (b"acTL", b"\0", False),
     ],
 )
 def test_damaged_metadata_does_not_cost_the_picture(marker, data, turned, tmp_path):
