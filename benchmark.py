@@ -4,21 +4,23 @@
     python benchmark.py --only train_28 sample     some of them; what else the file holds stays in it
     python benchmark.py --only minutes samplers    what training and sampling reach: these take hours
 
-Both sides are generators whose items are units of work. The two sides take turns, each in a new process, since ours
-changes settings of its process. A gain is formed within a turn: a machine that slows down slows both.
+The plain side: float32, images one at a time through PIL, attention that stores its matrices, Adam and EMA tensor by
+tensor, all the steps of the diffusion process, two passes of the network for a guided step. Ours: as the scripts do it.
+
+Both are generators whose items are units of work. They take turns, each in a new process, since ours changes settings
+of its process. A gain is formed within a turn: a machine that slows down slows both.
 """
 
 import copy
 import dataclasses
 import functools
-import itertools
 import json
 import multiprocessing
 import os
 import platform
 import re
 import signal
-import time
+import timeit
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
@@ -60,18 +62,12 @@ def load_model(checkpoint, n):
     return model, diffusion, labels
 
 
-# --- plain ---------------------------------------------------------------------------------------------------------
-# float32, images one at a time through PIL, attention that stores its matrices, Adam and EMA tensor by tensor, all the
-# steps of the diffusion process, two passes of the network for a guided step.
-
-
 def plain_batches(data, batch_size, shuffle=True):
     """Batches (x0, labels); every image becomes PIL's first, as in torchvision's own data sets."""
-    by_pil = [transforms.ToPILImage(), transforms.Resize(data.image_size), transforms.ToTensor()]
-    transform = transforms.Compose([*by_pil, transforms.Normalize((0.5,), (0.5,))])
+    transform = transforms.Compose([transforms.ToPILImage(), transforms.Resize(data.image_size), transforms.ToTensor()])
 
     def collate(indices):
-        return torch.stack([transform(data.images[i]) for i in indices]), data.labels[indices]
+        return torch.stack([2 * transform(data.images[i]) - 1 for i in indices]), data.labels[indices]
 
     loader = DataLoader(range(len(data)), batch_size, shuffle=shuffle, drop_last=True, collate_fn=collate)
     while True:
@@ -131,9 +127,6 @@ def plain_sampling(checkpoint, n, cfg_scale):
         yield from plain_sampler(model, torch.randn(n, *IMAGE).to(pick_device()), diffusion.betas, labels, cfg_scale)
 
 
-# --- ours: the same, as the scripts do it --------------------------------------------------------------------------
-
-
 def our_run(model, data, batch_size, schedule="linear", **settings):
     diffusion = {"timesteps": TIMESTEPS, "schedule": schedule, "objective": "simple"}
     train = {"loss": "huber", "batch_size": batch_size, "ema_betas": [EMA_BETA], "ema_start": 0} | settings
@@ -152,32 +145,27 @@ def our_sampling(checkpoint, n, cfg_scale):
             yield diffusion.sample(guided(model, labels, cfg_scale), n, IMAGE, sampler="dpm", steps=10)
 
 
-# --- measuring -----------------------------------------------------------------------------------------------------
-
-
-def seconds_each(work, count):
-    start = time.perf_counter()
-    for item in itertools.islice(work, count):
-        pass
-    item.cpu()  # a GPU works behind: this waits for it
-    return (time.perf_counter() - start) / count
-
-
 def measure(make, settings):
     """Seconds for one item of the generator make(*settings)."""
-    work = make(*settings)
-    seconds_each(work, 1)  # warms up
-    return seconds_each(work, max(1, round(AT_LEAST / seconds_each(work, 1))))
+    timer = timeit.Timer("next(work).cpu()", globals={"work": make(*settings)})  # a GPU works behind: .cpu() waits
+    timer.timeit(1)  # warms up
+    count = max(1, round(AT_LEAST / timer.timeit(1)))
+    return timer.timeit(count) / count
 
 
 def measure_alone(make, settings):
-    """`measure` in a process of its own, which Ctrl-C ends without a word."""
-    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **quiet) as pool:
+    """`measure` in a new process, which inherits that Ctrl-C is ignored: it is ended from here, without a word."""
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        future = pool.submit(measure, make, settings)
+        signal.signal(signal.SIGINT, on_ctrl_c)
         try:
-            return pool.submit(measure, make, settings).result()
+            return future.result()
         except BrokenExecutor:
             raise UserError("a measuring process has died, most likely of too little memory: leave it out") from None
+        except KeyboardInterrupt:
+            multiprocessing.active_children()[0].terminate()
+            raise
 
 
 def machine():
@@ -190,10 +178,7 @@ def machine():
 
 
 def compare(name, what, unit, sides, settings, amounts=(1, 1)):
-    """A row of the result, in a list. sides: the plain and our generator function, both called with `settings`.
-
-    amounts: how many steps, or how much time, an item of each side stands for. A value is measured in each turn.
-    """
+    """A row of the result, in a list. amounts: how many steps, or how much time, an item of each side stands for."""
     seconds = [[measure_alone(make, settings) for make in sides] for _ in range(TURNS)]
     plain, ours = np.transpose(seconds * np.array(amounts))
     values = {"plain": plain, "ours": ours, "gain": plain / ours}
@@ -224,31 +209,31 @@ def minutes_to_equal_quality(name, every=200):
     for _ in utils.progress(training.steps(plain), total=plain_steps, desc="plain"):
         pass
     aim = distance(plain.model.eval(), plain.diffusion, sampler="dpm", steps=20)
-    ours, reached = our_run(DEFAULT, data, batch_size, "cosine", loss="l2", ema_start=every), float("inf")
+    ours = our_run(DEFAULT, data, batch_size, "cosine", loss="l2", ema_start=every)
     for _ in utils.progress(training.steps(ours), desc="ours"):
         if ours.step % every == 0:
             reached = distance(ours.ema_models[f"ema_{EMA_BETA:g}"], ours.diffusion, sampler="dpm", steps=20)
             utils.say(f"Frechet distance after {ours.step} steps: {reached:.2f}; the aim is {aim:.2f}")
-        if reached <= aim:
-            break
+            if reached <= aim:
+                break
     sides = functools.partial(plain_training, ANNOTATED), functools.partial(our_training, DEFAULT)
     what = f"training to a Frechet distance of {aim:.2f} ({plain_steps:,} steps, ours {ours.step:,})"
     return compare(name, what, "min", sides, (28, batch_size), (plain_steps / 60, ours.step / 60))
 
 
 def compare_samplers(name):
-    """Frechet distance against sampler and steps, of a quickly trained network and of the best one: two rows."""
+    """Frechet distance against sampler and steps, of a quickly trained network and of the best one: a row for each."""
     for checkpoint in (QUICK, BEST):
         model, diffusion, _ = load_model(checkpoint, SAMPLES)
         points = {}
         for sampler, eta in (("ddpm", None), ("ddim", 0.0), ("dpm", 0.0), ("dpm", 1.0)):
-            kind = points[sampler if eta is None else f"{sampler}, eta = {eta:g}"] = {}
+            curve = points[sampler if eta is None else f"{sampler}, eta = {eta:g}"] = {}
             for steps in (5, 10, 20, 50, 100):
                 reached = distance(model, diffusion, sampler=sampler, steps=steps, eta=eta)
-                kind[str(steps)] = {"frechet_distance": reached, "samples": SAMPLES}
-        path, what = ROOT / f"checkpoints/{checkpoint}.safetensors", f"Frechet distance of {SAMPLES:,} samples"
-        source = {"checkpoint": path.name, "sha256": utils.sha256(path)}
-        yield {"name": f"{name}_{checkpoint}", "what": what, **source, "samplers": points}
+                curve[str(steps)] = {"frechet_distance": reached, "samples": SAMPLES}
+        path = ROOT / f"checkpoints/{checkpoint}.safetensors"
+        about = {"name": f"{name}_{checkpoint}", "what": f"Frechet distance of {SAMPLES:,} samples"}
+        yield about | {"checkpoint": path.name, "sha256": utils.sha256(path), "samplers": points}
 
 
 TRAIN, SAMPLE = (plain_training, our_training), (plain_sampling, our_sampling)

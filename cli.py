@@ -50,17 +50,9 @@ def make_parser(description, data, shape, conditional=False):
     return parser, commands
 
 
-def to_flag(name, value):
-    """As it would be typed: --mults 1 2 4, --no-attention."""
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-
-
 def add_train_flags(parser, conditional, shape):
-    add, network = parser.add_argument, "this project's network"
-    if shape:
-        network += f" (here with {' '.join(to_flag(name, value) for name, value in shape.items())})"
+    add = parser.add_argument
+    own = ", ".join(f"{name} {value}" for name, value in shape.items()) or "of its own shape"
     parser.set_defaults(conditional=conditional, shape=shape)
     add("--data", default="fashion_mnist", help=f"{', '.join(DATASETS)}, or a folder of images")
     add("--image-size", type=number(int, 1, 4096), help="side of the training images (default: the data's own)")
@@ -74,15 +66,15 @@ def add_train_flags(parser, conditional, shape):
     add("--timestep-sampling", choices=list(training.TIMESTEP_SAMPLING), default="uniform", help=sampling)
     length = parser.add_mutually_exclusive_group()
     passes = f"passes over the data (default: {EPOCHS}, of your own images enough for {OWN_STEPS} steps)"
-    length.add_argument("--epochs", type=number(float, 0, 1e9, above=True), help=passes)
-    length.add_argument("--minutes", type=number(float, 0, 1e9, above=True), help="train this long instead of --epochs")
+    length.add_argument("--epochs", type=number(float, 0, 1e5, above=True), help=passes)
+    length.add_argument("--minutes", type=number(float, 0, 1e6, above=True), help="train this long instead of --epochs")
     batch = f"images per step, over all processes (default: {BATCH_SIZE}, of your own {OWN_BATCH_SIZE})"
     add("--batch-size", type=number(int, 1, 10**6), help=batch)
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate")
     add("--cooldown", type=number(float, 0, 1), default=0.0, metavar="F", help="lower it to 0 over this last share")
     add("--optimizer", choices=list(training.OPTIMIZERS), default="adam", help="optimizer")
     add("--seed", type=natural, default=0, help="of the weights and of every random draw")
-    add("--model", choices=list(MODELS), default="patch", help=f"patch: {network}; course: the course's")
+    add("--model", choices=list(MODELS), default="patch", help=f"patch: this project's ({own}); course: the course's")
     add("--width", type=number(int, 1, 4096), help="feature maps at the first level")
     add("--mults", type=number(int, 1, 64), nargs="+", help="width of each level, in multiples of --width (patch)")
     add("--depth", type=number(int, 1, 64), nargs="+", help="blocks per level, one number or one each (patch)")
@@ -153,8 +145,8 @@ def make_model(args, data, start):
         large = args.data not in DATASETS and data.image_size >= 48 and data.image_size % 16 == 0
         base = {"name": "PatchUNet"} | (OWN_SHAPE if large else args.shape)
     if base["name"] != "PatchUNet":
-        if useless := [to_flag(flag, value) for flag, value in given.items() if flag != "width"]:
-            raise UserError(f"the course's network has a shape of its own: leave {useless[0]} out")
+        if useless := given.keys() - {"width"}:
+            raise UserError(f"the course's network has a shape of its own: leave --{min(useless)} out")
         base["name"] = "UNet_conditional" if args.conditional else "UNet"
     base.pop("num_classes", None)
     classes = {"num_classes": len(data.classes)} if args.conditional else {}
@@ -173,8 +165,6 @@ def make_config(args, data):
     own = args.data not in DATASETS
     batch_size = args.batch_size or (OWN_BATCH_SIZE if own else BATCH_SIZE)
     steps = max(1, round((args.epochs or EPOCHS) * len(data) / batch_size))
-    if steps > training.MAX_STEPS:
-        raise UserError(f"--epochs {args.epochs:g} would be {steps:,} steps: that is a mistake")
     if own and not args.epochs:
         steps = max(steps, OWN_STEPS)
     return {
@@ -190,15 +180,11 @@ def make_config(args, data):
             "steps": None if args.minutes else steps,
             "batch_size": batch_size,
             "ema_start": (0 if start else training.DEFAULTS["ema_start"]) if args.ema_start is None else args.ema_start,
-            "init": describe_init(args.init, start) if start else None,
+            "init": weights.describe_checkpoint(args.init) | {"images": weights.images_seen(start["train"])}
+            if start
+            else None,
         },
     }
-
-
-def describe_init(path, config):
-    """What a run remembers of the checkpoint that it starts from; "images": how many that one had seen."""
-    file = weights.find_checkpoint(path)
-    return {"checkpoint": file.name, "sha256": utils.sha256(file), "images": weights.images_seen(config["train"])}
 
 
 def say_what_to_expect(args, data, config):
@@ -289,9 +275,9 @@ def run_sample(args):
     options = {name: getattr(args, name) for name in ("seed", "sampler", "clip")}
     options["steps"] = diffusion.step_count(args.sampler, args.steps)
     options |= {"eta": noise_level(args.sampler, args.eta), "variance": args.variance or "posterior"}
-    source = options | {
-        "checkpoint": args.checkpoint.name,
-        "sha256": utils.sha256(weights.find_checkpoint(args.checkpoint)),
+    source = {
+        **options,
+        **weights.describe_checkpoint(args.checkpoint),
         "weights": config["weights"],
         "variance": options["variance"] if args.sampler == "ddpm" else None,
         "start_from": args.start_from and [args.start_from.name, args.strength],

@@ -16,6 +16,7 @@ shape of x. Every network of modules.py is one; ddpm_conditional.py makes others
 import copy
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -289,12 +290,8 @@ class ImageNoise:
 
 # --- samplers ------------------------------------------------------------------------------------------------------
 # A sampler is a generator that yields every x_t: first the noise x it starts from, last the sample. `draw()` returns
-# fresh standard normal noise. Options that a sampler has no use for end in `unused`.
-
-
-def with_next(visited):
-    """[999, 949, ..., 0] -> [(999, 949), ..., (0, -1)]: every timestep with the one that follows."""
-    return list(zip(visited, [*visited[1:], -1], strict=True))
+# fresh standard normal noise. Each step goes from a timestep t to the next, s; the last to s = -1, the clean image.
+# Options that a sampler has no use for end in `unused`.
 
 
 # Homework TODO 750 and 758: sampling, one step and the loop
@@ -319,7 +316,7 @@ def ddpm_sampler(diffusion, eps_model, x, draw, steps, variance="posterior", cli
 def ddim_sampler(diffusion, eps_model, x, draw, steps, eta=0.0, clip=True, **unused):
     """Song et al. 2021 (arXiv 2010.02502), eq. 12: eta = 0 is deterministic, eta = 1 has the DDPM's noise."""
     yield x
-    for t, s in with_next(diffusion.even_timesteps(steps)):
+    for t, s in pairwise([*diffusion.even_timesteps(steps), -1]):
         a_t, a_s = diffusion.signal(t), diffusion.signal(s)
         x0, eps = diffusion.x0_and_eps(eps_model, x, t, clip)
         sigma2 = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
@@ -338,7 +335,7 @@ def dpm_sampler(diffusion, eps_model, x, draw, steps, eta=1.0, clip=True, **unus
     """
     yield x
     last_x0 = last_h = None
-    for t, s in with_next(diffusion.log_snr_timesteps(steps)):
+    for t, s in pairwise([*diffusion.log_snr_timesteps(steps), -1]):
         a_t, a_s = diffusion.signal(t), diffusion.signal(s)
         x0, _ = diffusion.x0_and_eps(eps_model, x, t, clip)
         if s < 0:

@@ -19,26 +19,25 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import requests
 
 import utils
-from image_data import DATASETS, DataSet, is_image, load_data
+from image_data import DATASETS, DataSet, files_below, is_image, load_data
 from utils import ArgumentParser, UserError, command_line, progress, say
 from weights import load_checkpoint
 
 PROGRAM = "python download_datasets.py"
-MNIST_FILES = ("*-idx[13]-ubyte", "*-idx[13]-ubyte.gz", "train*.parquet", "test*.parquet")
+MNIST_FILE = r".*-idx[13]-ubyte(\.gz)?|(train|test).*\.parquet"
 COURSE_FOLDER = "https://drive.google.com/drive/folders/1beUSI-edO98i6J9pDR67BKGCfkzUL5DX"
 COURSE_CHECKPOINTS = ("unconditional_ckpt.pt", "conditional_ckpt.pt", "conditional_ema_ckpt.pt")
 NO_TOKEN = (
     "no Kaggle token that works: (1) sign in at https://www.kaggle.com/settings/api, (2) click Generate New Token, (3) "
     "save it as ~/.kaggle/access_token (Python 3.10: a legacy API key, as kaggle.json) and run `chmod 600` on that file"
 )
-Sources = Mapping[str, Callable[[Path], None]]
 TRUST = (
     "where a company or a proxy signs, let SSL_CERT_FILE and REQUESTS_CA_BUNDLE name its .pem file; with Python from "
     "python.org on macOS run its `Install Certificates.command`; if it has expired, look at this computer's clock"
@@ -62,19 +61,19 @@ def main(argv: list[str] | None = None) -> None:
 # --- data sets ----------------------------------------------------------------------------------------------------
 
 
-def get_data(name: str, source: Path | None) -> None:
-    """Into its folder beside the scripts, from `source` or from where its row says, checked and counted."""
+def get_data(name: str, given: Path | None) -> None:
+    """Into its folder beside the scripts, from what was given or from where its row says, checked and counted."""
     row = DATASETS[name]
     target, *others = [(utils.ROOT / folder).resolve() for folder in row.folders]  # perhaps links to a larger disk
-    for place in [target, *(others if source is None else [])]:
+    for place in [target, *others] if given is None else [target]:
         if place.is_dir() and any(place.iterdir()):
             print(f"{place} is all there: {count_images(place, row)}")
             return
-    sources = {key: partial(fetch_from, row) for key, fetch_from in SOURCES.items() if getattr(row, key)}
+    sources = {key: partial(fetch, row) for key, fetch in SOURCES.items() if getattr(row, key)}
     page = f"www.kaggle.com/datasets/{row.kaggle}" if row.kaggle else f"huggingface.co/datasets/{row.hub}"
-    with obtained(name, target, source, sources, f"https://{page}") as folder:
-        images = folder / target.name
-        arrange(folder / "source", images, name)
+    with obtained(name, target, given, sources, f"https://{page}") as source:
+        images = source.with_name(target.name)
+        arrange(source, images, name)
         counts = count_images(images, row)
         if target.is_dir():
             target.rmdir()  # it is empty, and Windows renames nothing onto a folder
@@ -84,28 +83,24 @@ def get_data(name: str, source: Path | None) -> None:
 
 def arrange(source: Path, images: Path, name: str) -> None:
     """Bring `source` into a layout that is read: MNIST's files, CIFAR-10's batches, or folders of images."""
-    row = DATASETS[name]
+    row, files = DATASETS[name], [source / file for file in files_below(source)]
+    batches = [file.parent for file in files if file.name == "data_batch_1"]
     if row.classes:
         images.mkdir()
-        for pattern in MNIST_FILES:
-            for file in source.rglob(pattern):
+        for file in files:
+            if re.fullmatch(MNIST_FILE, file.name):
                 file.replace(images / file.name)
         if not any(images.iterdir()):
             raise UserError(f"found neither the IDX files of {row.title} nor train*.parquet and test*.parquet")
-    elif batches := list(source.rglob("data_batch_1")):  # CIFAR-10 as its authors and torchvision have it
+    elif batches:  # CIFAR-10 as its authors and torchvision have it
         images.mkdir()
-        batches[0].parent.rename(images / "cifar-10-batches-py")
+        batches[0].rename(images / "cifar-10-batches-py")
     else:
-        shown = [file for file in source.rglob("*") if is_image(file) and not is_hidden(file.relative_to(source))]
-        found = Path(os.path.commonpath([file.parent for file in shown] or [source]))  # archives wrap it in folders
+        found = Path(os.path.commonpath([file.parent for file in files if is_image(file)] or [source]))
         if row.flat and not any(entry.is_dir() for entry in found.iterdir()):
             images.mkdir()
             images /= name  # one class, called after the data set
-        found.rename(images)
-
-
-def is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+        found.rename(images)  # without the folders that archives wrap it in
 
 
 def count_images(root: Path, row: DataSet) -> str:
@@ -119,17 +114,17 @@ def count_images(root: Path, row: DataSet) -> str:
 # --- the course's checkpoints -------------------------------------------------------------------------------------
 
 
-def get_checkpoints(source: Path | None) -> None:
-    """Into checkpoints/, from `source` (an archive, a folder or one .pt file) or from Google Drive."""
+def get_checkpoints(given: Path | None) -> None:
+    """Into checkpoints/, from what was given (an archive, a folder or one .pt file) or from Google Drive."""
     target = utils.ROOT / "checkpoints"
     missing = [name for name in COURSE_CHECKPOINTS if not (target / name).is_file()]
     if not missing:
         print(f"{target} has all of the course's checkpoints: {', '.join(COURSE_CHECKPOINTS)}")
         return
-    with obtained("checkpoints", target, source, {"Google Drive": from_google_drive}, COURSE_FOLDER) as folder:
-        files = {file.name: file for file in folder.rglob("*.pt") if file.name in missing}
+    with obtained("checkpoints", target, given, {"Google Drive": from_google_drive}, COURSE_FOLDER) as source:
+        files = {file.name: file for file in source.rglob("*.pt") if file.name in missing}
         if not files:
-            raise UserError(f"found none of {', '.join(missing)} in {source or COURSE_FOLDER}")
+            raise UserError(f"found none of {', '.join(missing)} in {given or COURSE_FOLDER}")
         for file in files.values():
             load_checkpoint(file)
         target.mkdir(exist_ok=True)
@@ -144,89 +139,52 @@ def get_checkpoints(source: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def obtained(name: str, target: Path, given: Path | None, sources: Sources, page: str) -> Iterator[Path]:
-    """A temporary folder beside `target`; in its `source` is what was given, or what the first source gave that could.
+def obtained(name: str, target: Path, given: Path | None, sources: dict, page: str) -> Iterator[Path]:
+    """The folder `source`, in a temporary one beside `target`: what was given, or what a source has. Raises UserError.
 
-    The folder is gone afterwards whatever happens. Raises UserError, with the reasons of all sources that failed.
+    The temporary folder is gone afterwards whatever happens, and no message speaks of it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-download-", dir=target.parent))
-    try:
-        if given is not None:
-            unpack(given, folder / "source")
-        else:
-            fetch(sources, folder, f"download {page} in a browser and run `{PROGRAM} {name} --from PATH`")
-        yield folder
-    except UserError as error:
-        raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    prefix = f".{target.name}-download-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent, ignore_cleanup_errors=True) as folder:
+        try:
+            if given is not None:
+                unpack(given, Path(folder, "source"))
+            else:
+                fetch(sources, Path(folder), f"download {page} in a browser and run `{PROGRAM} {name} --from PATH`")
+            yield Path(folder, "source")
+        except UserError as error:
+            raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from error
 
 
-def fetch(sources: Sources, folder: Path, by_hand: str) -> None:
+def fetch(sources: dict, folder: Path, by_hand: str) -> None:
+    """From the first source that can. Raises UserError, with the reasons of all."""
     reasons = []
     for source, fetch_from in sources.items():
         say(f"fetching from {source}")
         try:
             return fetch_from(folder)
-        except UserError as error:
-            reasons.append(f"{source}: {error}")
+        except (Exception, SystemExit) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            reasons.append(f"{source}: {why_failed(error, secret=source == 'kaggle')}")
         for entry in folder.iterdir():  # half a download
             shutil.rmtree(entry)
     raise UserError(f"{'; '.join(reasons)}; without it, {by_hand}")
 
 
-def from_google_drive(folder: Path) -> None:
-    with fetching("https://drive.google.com"), contextlib.redirect_stdout(sys.stderr):
-        import gdown
-
-        gdown.download_folder(url=COURSE_FOLDER, output=str(folder / "source"), use_cookies=False)
-
-
-def from_hub(row: DataSet, folder: Path) -> None:
-    """MNIST's kind as parquet files, all others as class folders of PNG files."""
-    with fetching(endpoint := os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
-        import datasets
-        from huggingface_hub import HfApi
-
-        HfApi(endpoint).dataset_info(row.hub, timeout=10)  # load_dataset tries five times and does not say what failed
-        splits = datasets.load_dataset(row.hub, cache_dir=str(folder / "hub"))
-        for split, data in splits.items():
-            place = folder / "source" / split
-            place.mkdir(parents=True)
-            if row.classes:
-                data.to_parquet(place / f"{split}.parquet")
-                continue
-            column = {type(feature): name for name, feature in reversed(data.features.items())}
-            image, label = column[datasets.Image], column[datasets.ClassLabel]
-            folders = [place / name for name in data.features[label].names]
-            for path in folders:
-                path.mkdir()
-            for i, example in enumerate(progress(data, desc=split)):
-                example[image].save(folders[example[label]] / f"{i:05}.png")
-
-
-def from_torchvision(row: DataSet, folder: Path) -> None:
-    import torchvision
-
-    kind = getattr(torchvision.datasets, row.torchvision)
-    with fetching(kind.url if hasattr(kind, "url") else kind.mirrors[0]):
-        kind(folder / "source", download=True)  # compares MD5s
-
-
-def from_kaggle(row: DataSet, folder: Path) -> None:
-    """No message repeats what Kaggle's package says: it might name a secret."""
-    with fetching("https://www.kaggle.com", secret=True), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            import kaggle  # signs in at once, and old versions raise where they cannot
-
-            kaggle.api.authenticate()
-        except (ImportError, requests.RequestException):
-            raise
-        except (Exception, SystemExit) as error:
-            raise UserError(NO_TOKEN) from error
-        kaggle.api.dataset_download_files(row.kaggle, path=str(folder / "kaggle"), quiet=False)
-    unpack(folder / "kaggle" / (row.kaggle.split("/")[1] + ".zip"), folder / "source")
+def why_failed(error: BaseException, secret: bool) -> str:
+    """What a download library raised, without its words where they may hold a secret."""
+    if isinstance(error, UserError):
+        return str(error)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return f"the server's certificate is not trusted ({cause.verify_message}): {TRUST}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    detail = f", HTTP status {status}" if status else "" if secret else f": {error}"
+    return f"the download failed ({type(error).__name__}{detail})"
 
 
 def require_network(url: str) -> None:
@@ -238,23 +196,58 @@ def require_network(url: str) -> None:
         raise UserError(f"no network (cannot reach {url})") from error
 
 
-@contextlib.contextmanager
-def fetching(url: str, secret: bool = False) -> Iterator[None]:
-    """What a download library raises becomes a UserError, without its words where they may hold a secret."""
-    require_network(url)
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENOSPC:
+def from_google_drive(folder: Path) -> None:
+    require_network("https://drive.google.com")
+    with contextlib.redirect_stdout(sys.stderr):
+        import gdown
+
+        gdown.download_folder(url=COURSE_FOLDER, output=str(folder / "source"), use_cookies=False)
+
+
+def from_hub(row: DataSet, folder: Path) -> None:
+    """MNIST's kind as parquet files, all others as class folders of PNG files."""
+    require_network(endpoint := os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    import datasets
+    from huggingface_hub import HfApi
+
+    HfApi(endpoint).dataset_info(row.hub, timeout=10)  # load_dataset tries five times and does not say what failed
+    for split, data in datasets.load_dataset(row.hub, cache_dir=str(folder / "hub")).items():
+        place = folder / "source" / split
+        place.mkdir(parents=True)
+        if row.classes:
+            data.to_parquet(place / f"{split}.parquet")
+            continue
+        column = {type(feature): name for name, feature in reversed(data.features.items())}
+        image, label = column[datasets.Image], column[datasets.ClassLabel]
+        names = data.features[label].names
+        for name in names:
+            (place / name).mkdir()
+        for i, example in enumerate(progress(data, desc=split)):
+            example[image].save(place / names[example[label]] / f"{i:05}.png")
+
+
+def from_torchvision(row: DataSet, folder: Path) -> None:
+    import torchvision
+
+    kind = getattr(torchvision.datasets, row.torchvision)
+    require_network(kind.url if hasattr(kind, "url") else kind.mirrors[0])
+    kind(folder / "source", download=True)  # compares MD5s
+
+
+def from_kaggle(row: DataSet, folder: Path) -> None:
+    """Nothing of what Kaggle's package says is repeated: it might name a secret."""
+    require_network("https://www.kaggle.com")
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            import kaggle  # signs in at once, and old versions raise where they cannot
+
+            kaggle.api.authenticate()
+        except (ImportError, requests.RequestException):
             raise
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None:
-            raise UserError(f"the server's certificate is not trusted ({cause.verify_message}): {TRUST}") from error
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        detail = f", HTTP status {status}" if status else "" if secret else f": {error}"
-        raise UserError(f"the download failed ({type(error).__name__}{detail})") from error
+        except (Exception, SystemExit) as error:
+            raise UserError(NO_TOKEN) from error
+        kaggle.api.dataset_download_files(row.kaggle, path=str(folder / "kaggle"), quiet=False)
+    unpack(folder / "kaggle" / (row.kaggle.split("/")[1] + ".zip"), folder / "source")
 
 
 # the columns of image_data.DATASETS that say where a data set is fetched from
@@ -290,15 +283,13 @@ def unpack(source: Path, folder: Path) -> None:
                 archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not before Python 3.10.12
                 archive.extractall(folder)
         else:
+            what = "neither a folder nor a zip or tar archive, or it ends early"
             with open(source, "rb") as file:
                 if file.read(100).lstrip().startswith(b"<"):
-                    raise UserError(
-                        f"{source} is a web page: the download was refused, so open its address in a browser"
-                    )
-            raise UserError(f"{source} is neither a folder nor a zip or tar archive, or it ends early")
+                    what = "a web page: the download was refused, so open its address in a browser"
+            raise UserError(f"{source} is {what}")
     except Exception as error:  # damaged bytes make zipfile, tarfile and the decompressors raise all kinds of errors
-        of_the_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
-        if of_the_disk or isinstance(error, UserError):
+        if isinstance(error, UserError) or getattr(error, "errno", None) not in (None, errno.EINVAL):  # of the disk
             raise
         raise UserError(f"{source} cannot be unpacked: it is damaged or ends early ({error})") from error
 

@@ -13,7 +13,6 @@ and what they say about the real images are in checkpoints/, so comparing sample
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -35,7 +34,7 @@ from ddpm_conditional import predictor, with_labels
 from features import FeatureNet, features_of, statistics
 from image_data import DATASETS, ImageData
 from utils import ArgumentParser, UserError, generator, natural, positive, progress, say, sha256, to_model
-from weights import find_checkpoint, image_shape, load_checkpoint
+from weights import describe_checkpoint, image_shape, load_checkpoint
 
 # --- distances between two sets of features -----------------------------------------------------------------------
 
@@ -93,11 +92,6 @@ def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
     return (off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean()).item()
 
 
-def squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """N x D and M x D -> N x M; cheaper than torch.cdist and exact enough once both are centred."""
-    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp_(min=0)
-
-
 def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: int = 1000) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), features N x D and M x D.
 
@@ -106,16 +100,12 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: 
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(f"precision and recall with k = {k} need more than {k} samples of each kind")
-    centre = real.double().mean(0)
-    real, fake = (x.double() - centre for x in (real, fake))
-
-    def squared_radii(x):
-        # the nearest point is the point itself
-        return torch.cat([squared_distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(chunk)])
+    real, fake = real.double(), fake.double()
 
     def share_inside(points, manifold):
-        radii = squared_radii(manifold)
-        inside = [(squared_distances(part, manifold) <= radii).any(1) for part in points.split(chunk)]
+        # the nearest point is the point itself
+        radii = torch.cat([torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(chunk)])
+        inside = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(chunk)]
         return torch.cat(inside).double().mean().item()
 
     return share_inside(fake, real), share_inside(real, fake)
@@ -149,18 +139,6 @@ def check_count(count: int, dimensions: int) -> None:
         raise UserError(f"{meaningless}: for a Frechet distance make at least {dimensions + 1}, better 5,000")
 
 
-@contextlib.contextmanager
-def one_thread():
-    """For many small matrices: on a busy machine threads wait for one another ten times longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@one_thread()
 def compare(x: torch.Tensor, reference: dict[str, torch.Tensor], seed: int = 0, draws: int = 100) -> dict:
     """All distances between samples' features and a reference; without Frechet's where too few images are held out."""
     mu, cov, test = reference["test_mean"], reference["test_cov"], reference["test_features"].float()
@@ -269,9 +247,9 @@ def nearest_neighbours(samples: torch.Tensor, data: ImageData, net: FeatureNet |
         there, here = tuple(samples.shape[1:]), tuple(data.images.shape[1:])
         raise UserError(f"the samples are {there} (channels, height, width), the images of {data.name} {here}")
     x = embed(samples)
-    distances = torch.cat([squared_distances(x, embed(part)) for part in data.images.split(2000)], 1)
+    distances = torch.cat([torch.cdist(x, embed(part)) for part in data.images.split(2000)], 1)
     nearest = distances.topk(k, largest=False)
-    return nearest.indices, nearest.values.sqrt()
+    return nearest.indices, nearest.values
 
 
 def copying(samples: torch.Tensor, train: ImageData, test: ImageData, seed: int = 0) -> dict:
@@ -462,8 +440,8 @@ def run_sweep(args) -> None:
     if data_name is None:
         raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")
     sampler = {"sampler": args.sampler, "steps": args.steps, "eta": noise_level(args.sampler)}
-    result = source_of(args.checkpoint) | {"command": args.typed, "sampler": sampler, "n": args.n, "seed": args.seed}
-    result |= {"parameters": sum(p.numel() for p in model.parameters()), "rows": []}
+    result = describe_checkpoint(args.checkpoint) | {"command": args.typed, "sampler": sampler}
+    result |= {"n": args.n, "seed": args.seed, "parameters": sum(p.numel() for p in model.parameters()), "rows": []}
     result["config"] = {name: value for name, value in config.items() if name != "weights"}
     if args.out.exists():
         result["rows"] = earlier_rows(args.out, result)
@@ -533,7 +511,6 @@ def sanity(data_name: str, seed: int = 0, n: int = 5000) -> dict:
     return result | {"curve": count_curve(features_of(net, train.images)[0], reference, seed)}
 
 
-@one_thread()
 def count_curve(x: torch.Tensor, reference: dict, seed: int, repeats: int = 10) -> list[dict]:
     """Training images' features x against the test split, by their number: the floor of the Frechet distance, mean and
     spread over subsets; precision and recall of the first subset."""
@@ -554,10 +531,6 @@ def count_curve(x: torch.Tensor, reference: dict, seed: int, repeats: int = 10) 
 # --- command line -------------------------------------------------------------------------------------------------
 
 
-def source_of(path: Path) -> dict:
-    return {"checkpoint": path.name, "sha256": sha256(find_checkpoint(path))}
-
-
 def run_samples(args) -> dict:
     """samples and copying: the file, its images, the measurement."""
     images, labels = utils.load_samples(args.samples)
@@ -575,7 +548,8 @@ def run_model(measure, args) -> dict:
     model, diffusion, config = load_checkpoint(args.checkpoint, args.weights, utils.pick_device(args.device))
     images, labels, data_name = model_images(args.data, config, args.n)
     result = measure(model, diffusion, images, labels, seed=args.seed, batch_size=args.batch_size)
-    return source_of(args.checkpoint) | {"weights": config["weights"], "data": data_name, "split": "test"} | result
+    about = {"weights": config["weights"], "data": data_name, "split": "test"}
+    return describe_checkpoint(args.checkpoint) | about | result
 
 
 def run_features(args) -> dict:

@@ -11,9 +11,10 @@ import os
 from pathlib import Path
 
 import imageio.v3 as imageio
-import matplotlib
+import ipywidgets as widgets
 import numpy as np
 import torch
+from IPython.display import Image, Markdown, display
 from matplotlib import pyplot as plt
 
 from ddpm import SCHEDULES, Diffusion
@@ -24,8 +25,7 @@ FIGURES = ROOT / "report/figures"
 PICTURES = ROOT / "report/pictures"
 RESULTS = ROOT / "report/results"
 CHECKPOINTS = ROOT / "checkpoints"
-# Set by report/build.py: then results are written, and widgets are drawn as pictures.
-PUBLISHING = bool(os.environ.get("DDPM_PUBLISHING"))
+PUBLISHING = bool(os.environ.get("DDPM_PUBLISHING"))  # by report/build.py: results are written, widgets are pictures
 
 ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
 SCHEDULE_STYLE = {
@@ -42,30 +42,19 @@ WEIGHTS_STYLE = {
 
 TEXT_WIDTH = 6.7  # inches, on A4
 PAGE_WIDTH = 960  # pixels, of a notebook in a browser
-STYLE = {
-    "figure.dpi": PAGE_WIDTH / TEXT_WIDTH,
-    "savefig.dpi": 200,
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.titlesize": 9.5,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "0.9",
-    "legend.frameon": False,
-    # text as outlines, numbered without a random salt, no date: the same figure is the same bytes
-    "svg.fonttype": "path",
-    "svg.hashsalt": "ddpm",
-    "image.composite_image": False,
-}
 
 
 def use_style():
     """Set the style for every figure made from here on."""
-    matplotlib.rcParams.update(STYLE)
+    plt.rc("figure", dpi=PAGE_WIDTH / TEXT_WIDTH)
+    plt.rc("font", size=9.5)
+    plt.rc("axes", titlesize=9.5, grid=True)
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("grid", color="0.9")
+    plt.rc("legend", fontsize=8.5, frameon=False)
+    plt.rc("lines", linewidth=1.6, markersize=4)
+    plt.rc("image", composite_image=False)
+    plt.rc("svg", hashsalt="ddpm")  # outlines of letters have no random numbers: the same figure is the same bytes
 
 
 def subplots(rows=1, columns=1, height=2.5, **options):
@@ -74,13 +63,11 @@ def subplots(rows=1, columns=1, height=2.5, **options):
 
 
 def save(fig, name, sources=()):
-    """Write a plot to report/figures/NAME.svg; `sources` are the files (checkpoints, results) it was drawn from.
-
-    The notebook then shows it as a PNG of the same pixels as before, but with letters as small as on a page of text.
-    """
+    """Write a plot to report/figures/NAME.svg; `sources` are the files (checkpoints, results) it was drawn from."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="svg", metadata={"Date": None})
     record(name, ".svg", buffer.getvalue(), sources)
+    # the notebook then shows as many pixels as before, but letters as small as on a page of text
     enlarged = TEXT_WIDTH / fig.get_figwidth()
     fig.set_size_inches(enlarged * fig.get_size_inches())
     fig.set_dpi(fig.dpi / enlarged)
@@ -117,22 +104,14 @@ def shipped(*names):
     return paths
 
 
-# --- images --------------------------------------------------------------------------------------------------------
-
-
-def as_uint8(images):
-    """Images as uint8; those that are floats are in [-1, 1]."""
-    return images if images.dtype == torch.uint8 else to_uint8(images)
-
-
 def pixels(images, columns, scale=4, padding=1):
-    """A grid of images (N x C x H x W), every pixel enlarged to a square of scale x scale: uint8, H x W x 3."""
-    return image_grid(as_uint8(images), columns, padding=padding * scale, scale=scale)
+    """A grid of images (N x C x H x W, uint8 or in [-1, 1]), enlarged `scale` times: uint8, H x W x 3."""
+    images = images if images.dtype == torch.uint8 else to_uint8(images)
+    return image_grid(images, columns, padding=padding * scale, scale=scale)
 
 
 def real_images(name):
-    """Some test images of a data set that does not ship, N x 3 x H x W, from the strip report/pictures/real_NAME.png:
-    the first of each of CIFAR-10's classes, eight evenly spaced landscapes."""
+    """Test images from report/pictures/real_NAME.png, N x 3 x H x W: the first of each class, or evenly spaced ones."""
     strip = torch.from_numpy(imageio.imread(PICTURES / f"real_{name}.png"))
     return torch.stack(strip.permute(2, 0, 1).split(strip.shape[0], dim=2))
 
@@ -144,8 +123,6 @@ def png(picture):
 
 def show(picture):
     """Show a picture in a notebook, unsmoothed, pixel for pixel."""
-    from IPython.display import Image, display
-
     display(Image(png(picture)))
 
 
@@ -154,18 +131,13 @@ def two_lines(name):
     return name.replace(" ", "\n").replace("/", "/\n").replace("automobile", "auto-\nmobile")
 
 
-def longest_line(labels):
-    """How many letters it has."""
-    return max((len(line) for label in labels for line in label.split("\n")), default=1)
-
-
 def labelled_rows(rows, column_labels=(), scale=4, width=TEXT_WIDTH, gap=1):
     """A figure whose rows are named lists of images (all of one size and number): {"EMA": N x C x H x W, ...}."""
-    images = torch.cat([as_uint8(row).expand(-1, 3, -1, -1) for row in rows.values()])
-    columns = len(images) // len(rows)
-    grid = pixels(images, columns, scale, gap)
+    columns = len(next(iter(rows.values())))
+    grid = np.concatenate([pixels(row, columns, scale, gap)[gap * scale :] for row in rows.values()])
+    longest_name, longest_label = (max(map(len, "\n".join(texts).split("\n"))) for texts in (rows, column_labels))
     # in inches: the row names' room on the left, the column labels' above, and the picture itself
-    left = 0.1 + 0.073 * longest_line(rows)
+    left = 0.1 + 0.073 * longest_name
     above = 0.07 + 0.16 * max(1 + label.count("\n") for label in column_labels) if column_labels else 0.02
     picture_width = width - left
     picture_height = picture_width * grid.shape[0] / grid.shape[1]
@@ -177,16 +149,12 @@ def labelled_rows(rows, column_labels=(), scale=4, width=TEXT_WIDTH, gap=1):
     axes.imshow(grid, interpolation="none", aspect="auto", extent=(0, columns, len(rows), 0))
     axes.grid(False)
     axes.set_frame_on(False)
-    axes.tick_params(length=0, pad=2)
-    axes.xaxis.tick_top()
-    widest_font = 72 * picture_width / columns / (0.6 * longest_line(column_labels))  # labels that just do not touch
-    font_size = min(plt.rcParams["font.size"], widest_font)
+    axes.tick_params(length=0, pad=2, labeltop=True, labelbottom=False)
+    widest = 120 * picture_width / columns / max(1, longest_label)  # a larger font, and the labels would touch
+    font_size = min(plt.rcParams["font.size"], widest)
     axes.set_xticks(0.5 + np.arange(len(column_labels)), column_labels, fontsize=font_size)
     axes.set_yticks(0.5 + np.arange(len(rows)), rows)
     return fig
-
-
-# --- the homework's plots --------------------------------------------------------------------------------------------
 
 
 # Homework TODO 582: plot the forward process
@@ -215,93 +183,70 @@ def frontier(sweeps):
         for axis, label, measure in ((left, "Fréchet distance", "frechet_distance"), (right, "recall", "recall")):
             for weights, style in WEIGHTS_STYLE.items():
                 curve = [row for row in rows if row["weights"] == weights and not row.get("cfg_interval")]
-                plot_guidance(axis, sorted(curve, key=lambda row: row["cfg_scale"]), measure, weights, style)
+                quality = {row["cfg_scale"]: row["quality"] for row in curve}
+                points = {scale: (100 * q["labels"]["agreement"], q[measure]) for scale, q in sorted(quality.items())}
+                axis.plot(*zip(*points.values(), strict=True), label=weights, **style)
+                shift = (-6, 5 if weights == "raw" else -10)
+                for scale in sorted({1, 2, 3} & points.keys()):
+                    axis.annotate(f"{scale:g}", points[scale], shift, textcoords="offset points", ha="center", size=7.5)
             axis.margins(0.06, 0.14)
             axis.set(xlabel="label agreement, %", ylabel=label, title=DATASETS[name].title)
         ticks = [0.05, 0.1, 0.2, 0.5, 1, 2]
-        left.set(yscale="log", yticks=ticks, yticklabels=ticks)
-        left.minorticks_off()
         distances = [row["quality"]["frechet_distance"] for row in rows]
-        left.set_ylim(0.75 * min(distances), 1.3 * max(distances))
+        limits = (0.75 * min(distances), 1.3 * max(distances))
+        left.set(yscale="log", yticks=ticks, yticklabels=ticks, ylim=limits)
+        left.minorticks_off()
         right.legend(loc="lower left")
     return fig
 
 
-def plot_guidance(axis, curve, measure, weights, style):
-    """A line of the frontier; the scales 1, 2 and 3 are written at their points."""
-    x = [100 * row["quality"]["labels"]["agreement"] for row in curve]
-    y = [row["quality"][measure] for row in curve]
-    axis.plot(x, y, label=weights, **style)
-    offset = (-6, 5 if weights == "raw" else -10)
-    for row, *point in zip(curve, x, y, strict=True):
-        if row["cfg_scale"] in (1, 2, 3):
-            text = f"{row['cfg_scale']:g}"
-            axis.annotate(text, point, offset, textcoords="offset points", ha="center", fontsize=7.5)
-
-
-# --- for the notebooks ---
-
-
 def code(*functions):
     """Their source, with the comments above, as a notebook shows it."""
-    from IPython.display import Markdown
-
     sources = [(inspect.getcomments(f) or "") + inspect.getsource(f) for f in functions]
     return Markdown("```python\n" + "\n\n".join(sources) + "```")
 
 
 def watch(losses, draw, total, redraws=8):
-    """Iterate over `total` training losses; show their curve and, below it, the images that draw() makes on the way.
-
-    Returns the losses as a list.
-    """
-    from IPython.display import display
-
+    """The training losses as a list; on the way their curve is shown and, below it, the images that draw() makes."""
     seen, handle = [], display("training ...", display_id=True)
     for loss in progress(losses, total=total, desc="training"):
         seen.append(float(loss))
-        if len(seen) % max(1, total // redraws) and len(seen) != total:
-            continue
-        fig, (curve, strip) = subplots(2, 1, height=3, height_ratios=[1.4, 1])
-        curve.plot(seen, color="0.8")
-        smooth = [np.mean(seen[max(0, i - 20) : i + 1]) for i in range(len(seen))]
-        curve.plot(smooth, color="black")
-        curve.set(xlabel="step", ylabel="loss", xlim=(0, total), ylim=(0, max(smooth[min(10, len(smooth) - 1) :])))
-        images = draw()
-        strip.imshow(pixels(images, len(images), scale=4), interpolation="none")
-        strip.axis("off")
-        plt.close(fig)
-        handle.update(fig)
+        if len(seen) % max(1, total // redraws) == 0 or len(seen) == total:
+            fig, (curve, strip) = subplots(2, 1, height=3, height_ratios=[1.4, 1])
+            smooth = [np.mean(seen[max(0, i - 20) : i + 1]) for i in range(len(seen))]
+            curve.plot(seen, color="0.8")
+            curve.plot(smooth, color="black")
+            curve.set(xlabel="step", ylabel="loss", xlim=(0, total), ylim=(0, max(smooth[min(10, len(smooth) - 1) :])))
+            images = draw()
+            strip.imshow(pixels(images, len(images), scale=4), interpolation="none")
+            strip.axis("off")
+            plt.close(fig)
+            handle.update(fig)
     return seen
 
 
 def table(heads, rows):
     """A Markdown table; numbers that are not whole have three digits."""
-    from IPython.display import Markdown
-
     lines = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]))
 
 
 def slider(images_at, last, name):
     """A slider over 0..last that shows images_at(value) (N x C x H x W) side by side; when published, a picture."""
-    import ipywidgets as widgets
+    first = round(0.3 * last)
 
-    def draw(value):
+    def picture_at(value):
         images = images_at(value)
         scale = max(1, PAGE_WIDTH // (len(images) * (images.shape[-1] + 1) + 1))
-        show(pixels(images, len(images), scale))
+        return pixels(images, len(images), scale)
 
-    first = round(0.3 * last)
     if PUBLISHING:
-        draw(first)
-        return caption(f"{name} = {first}")
+        return still(picture_at(first), f"{name} = {first}")
     control = widgets.IntSlider(first, max=last, description=name, layout={"width": f"{PAGE_WIDTH}px"})
-    return widgets.interactive(draw, value=control)
+    return widgets.interactive(lambda value: show(picture_at(value)), value=control)
 
 
-def caption(text):
-    """What stands under the picture that replaces a widget in a notebook that nobody runs."""
-    from IPython.display import Markdown
-
-    return Markdown(f"*{text}. Run this cell for the controls.*")
+def still(picture, caption):
+    """What stands for a widget in a notebook that nobody runs: a picture, and what it shows."""
+    show(picture)
+    return Markdown(f"*{caption}. Run this cell for the controls.*")

@@ -4,22 +4,18 @@ Images rest in memory as uint8, N x C x H x W; a model sees float batches in [-1
 """
 
 import contextlib
-import fnmatch
 import functools
 import gzip
 import hashlib
 import io
-import itertools
-import math
 import os
 import re
-import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +30,6 @@ Image.MAX_IMAGE_PIXELS = 210_000_000  # phones make 200 megapixels; Pillow warns
 warnings.filterwarnings("ignore", module="PIL")  # of metadata that is damaged, which does not matter here
 NO_HEIC = "in HEIC, which needs `pip install pillow-heif`"
 SPLIT_NAMES = {"train": "train|training", "test": "test|testing", "validation": "val|valid|validation|dev|eval"}
-
-
-# --- data ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -129,9 +122,7 @@ class ImageData:
         return len(self.images)
 
 
-def load_data(
-    name: str | Path, split="train", image_size: int | None = None, channels: int | None = None, labels: bool = False
-) -> ImageData:
+def load_data(name: str | Path, split="train", image_size=None, channels=None, labels=False) -> ImageData:
     """Load a data set of the table DATASETS or a folder of one's own; never touches the network. Raises UserError.
 
     A folder holds images, perhaps in class folders (`<class>/*`) and in folders for training and test (or validation);
@@ -152,17 +143,16 @@ def load_data(
         name, row = folder.name, DataSet(folder.name, (), 0, channels=None, crop=True)
     arrays = _read_mnist(folder, split, name) or _read_cifar_batches(folder, split)
     if arrays:
-        x, size = torch.from_numpy(arrays[0]).contiguous(), image_size or arrays[0].shape[-1]
+        x, y, classes = torch.from_numpy(arrays[0]).contiguous(), torch.from_numpy(arrays[1]).long(), arrays[2]
+        size = image_size or x.shape[-1]
         if (x.shape[-1], size) == (28, 32):
             x = torch.nn.functional.pad(x, (2, 2, 2, 2))  # the background is black: no pixel needs to be resampled
-        elif x.shape[-1] != size:
-            x = resize(x, size)
-        flip = split == "train" and x.shape[1] == 3  # digits and shoes are not mirrored
-        data = ImageData(x, torch.from_numpy(arrays[1]).long(), arrays[2], name, flip, size)
+        data = ImageData(resize(x, size), y, classes, name, row.flip, size)
     else:
         data = _load_folder(folder, split, image_size, name, row, labels)
     if labels and data.labels is None:
         raise UserError(f"{title} has no labels, which a conditional model needs: use class folders")
+    data.flip = data.flip and split == "train" and data.images.shape[1] == 3  # digits and shoes are not mirrored
     data.images = with_channels(data.images, channels or row.channels)
     return data
 
@@ -190,7 +180,7 @@ def describe(train: ImageData, test: ImageData | None, labels: bool) -> str:
     return line + (f"\nleft out: {_count(left_out)}" if left_out else "")
 
 
-def _count(left_out: Mapping[str, str]) -> str:
+def _count(left_out: dict[str, str]) -> str:
     """In words, of files' names and why they are left out: how many for each reason, and one of them."""
     names: dict[str, list[str]] = {}
     for name, reason in left_out.items():
@@ -198,45 +188,43 @@ def _count(left_out: Mapping[str, str]) -> str:
     return "; ".join(f"{len(some):,} {reason}, such as {min(some)}" for reason, some in names.items())
 
 
-# --- MNIST's and CIFAR-10's own files -----------------------------------------------------------------------------
-
-Arrays = tuple[np.ndarray, np.ndarray, list[str]]  # images (uint8, N x C x H x W), labels (N), classes
+# --- MNIST's and CIFAR-10's own files: images (uint8, N x C x H x W), labels (N) and classes ----------------------
 
 
-def _read_mnist(folder: Path, split: str, name: str) -> Arrays | None:
+def _read_mnist(folder: Path, split: str, name: str) -> tuple[np.ndarray, np.ndarray, list[str]] | None:
     """From IDX files (gzipped or not) or parquet files; None where the folder has neither."""
-    prefix = {"train": "train", "test": "t10k"}[split]
-    if any(folder.glob(f"{split}*.parquet")):
-        x_path = y_path = folder / f"{split}*.parquet"
+    x_path = y_path = folder / f"{split}*.parquet"
+    if any(folder.glob(x_path.name)):
         images, labels = _read_parquet(x_path)
     elif any(folder.glob("*-idx[13]-ubyte*")):
-        x_path, y_path = folder / f"{prefix}-images-idx3-ubyte", folder / f"{prefix}-labels-idx1-ubyte"
+        prefix = folder / ("train" if split == "train" else "t10k")
+        x_path, y_path = Path(f"{prefix}-images-idx3-ubyte"), Path(f"{prefix}-labels-idx1-ubyte")
         images, labels = _read_idx(x_path), _read_idx(y_path)
     elif any(folder.glob("t*.parquet")):
-        raise UserError(f"{folder / split}*.parquet is missing")
+        raise UserError(f"{x_path} is missing")
     else:
         return None
-    if not len(images) or images.shape[1:] != (28, 28):
+    if images.shape[1:] != (28, 28) or not len(images):
         raise UserError(f"{x_path} should hold images of 28 x 28 and has the shape {images.shape}")
     if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() > 9:
         raise UserError(f"{y_path} should hold a label within 0..9 for each of {len(images):,} images")
-    plain = name.lower().replace("-", "_")  # a folder called after a data set holds its classes
-    known = [row.classes for key, row in DATASETS.items() if row.classes and plain.startswith(key)]
-    return images[:, None], labels, list(known[0]) if known else [str(i) for i in range(10)]  # MNIST's digits
+    plain = name.lower().replace("-", "_")  # a folder called after a data set holds its classes, others hold digits
+    named = (row.classes for key, row in DATASETS.items() if row.classes and plain.startswith(key))
+    return images[:, None], labels, list(next(named, "0123456789"))
 
 
 def _read_idx(path: Path) -> np.ndarray:
     """A file of bytes, perhaps gzipped: 0, 0, 8 (unsigned byte), the number of dimensions, each as >i4, the data."""
-    zipped = path.with_name(f"{path.name}.gz")
-    if not path.is_file() and not zipped.is_file():
-        raise UserError(f"{path}[.gz] is missing")
     try:
+        zipped = path.with_name(f"{path.name}.gz")
         content = path.read_bytes() if path.is_file() else gzip.decompress(zipped.read_bytes())
         if content[:3] != bytes((0, 0, 8)):
             raise ValueError("it does not begin as an IDX file of bytes")
-        shape = struct.unpack_from(f">{content[3]}I", content, 4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy()
-    except (EOFError, IndexError, ValueError, struct.error, zlib.error, gzip.BadGzipFile) as error:
+        shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape).copy()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}[.gz] is missing") from error
+    except (EOFError, IndexError, ValueError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged or ends early: {error}") from error
 
 
@@ -252,7 +240,7 @@ def _read_parquet(pattern: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{pattern} has no readable images and labels: {error}") from error
 
 
-def _read_cifar_batches(folder: Path, split: str) -> Arrays | None:
+def _read_cifar_batches(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray, list[str]] | None:
     parent = folder.parent if folder.name == "cifar-10-batches-py" else folder
     if not (parent / "cifar-10-batches-py").is_dir():
         return None
@@ -263,67 +251,54 @@ def _read_cifar_batches(folder: Path, split: str) -> Arrays | None:
     return batches.data.transpose(0, 3, 1, 2), np.array(batches.targets), batches.classes
 
 
-# --- folders of images --------------------------------------------------------------------------------------------
+# --- folders of images: below, a name is a file's path relative to the data's folder `root` -----------------------
 
 
 def _load_folder(root: Path, split: str, image_size: int | None, name: str, row: DataSet, labels: bool) -> ImageData:
-    listings, left_out = _list_splits(root, labels)
-    files = {part: list(itertools.chain(*groups.values())) for part, groups in listings.items()}
-    every = files["train"] + files["test"]
-    if not files[split]:
+    splits, classes, left_out = _list_splits(root, labels)
+    files, every = splits[split], [*splits["train"], *splits["test"]]
+    if not files:
         raise UserError(f"{root} has too few images ({len(every)}) to hold out a tenth of them as the test split")
-    size, large = _judge_size(root, every, image_size) if row.crop else (image_size or row.image_size, False)
-    sides = {"train": round(1.25 * size) if large else size, "test": size}
-    images, reasons = _load_images(root, files[split], sides[split])
-    left_out |= {file: reason for file, reason in zip(files[split], reasons) if reason}
-    names = {_below(root, file): reason for file, reason in left_out.items()}
-    same = listings["train"].keys() == listings["test"].keys()
-    classes = list(listings[split]) if same and "" not in listings[split] else []
-    unreadable = [name for name, group in listings[split].items() if group and all(file in left_out for file in group)]
-    if not len(images) or (labels and unreadable):
-        of_class = f" of the class {unreadable[0]}" if classes else ""
-        raise UserError(f"{root} has no readable image{of_class}: {_count(names)}")
+    size, crop = _judge_size(root, every, image_size) if row.crop else (image_size or row.image_size, False)
+    sides = {"train": round(1.25 * size) if crop else size, "test": size}
+    images, unreadable = _load_images(root, list(files), sides[split])
+    left_out |= unreadable
+    read = [folder for file, folder in files.items() if file not in unreadable]
+    unread = set(files.values()) - set(read)
+    if not read or (labels and unread):
+        of_class = f" of the class {min(unread, key=by_number)}" if classes else ""
+        raise UserError(f"{root} has no readable image{of_class}: {_count(left_out)}")
+    # both splits have as many channels, whichever one the colour is in
     grey = row.channels is None and is_grey(images)
-    for part in files if grey else ():  # both splits have the same channels, whichever one the colour is in
-        grey = grey and (not files[part] or is_grey(_load_images(root, files[part], sides[part])[0]))
-    if grey:
+    if grey and all(is_grey(_load_images(root, list(splits[part]), sides[part])[0]) for part in splits if splits[part]):
         images = images[:, :1]
         say(f"{root}: all images are grey, so they have one channel and are not mirrored (see --channels and --flip)")
-    y = [label for label, group in enumerate(listings[split].values()) for file in group if file not in left_out]
-    flip, crop = split == "train" and row.flip and not grey, split == "train" and large
-    x, labelled = torch.from_numpy(images), torch.tensor(y) if classes else None
-    return ImageData(x, labelled, classes, name, flip, size, crop, names)
+    numbers = {folder: number for number, folder in enumerate(classes)}
+    x, y = torch.from_numpy(images), torch.tensor([numbers[folder] for folder in read]) if classes else None
+    return ImageData(x, y, classes, name, row.flip, size, crop and split == "train", left_out)
 
 
-def _judge_size(root: Path, files: list[Path], image_size: int | None) -> tuple[int, bool]:
+def _judge_size(root: Path, names: list[str], image_size: int | None) -> tuple[int, bool]:
     """The size for photographs of many sizes (three quarters are at least as large), and whether to crop them."""
     sides = {}
-    for file in progress(files[:: math.ceil(len(files) / 10_000)], desc="reading sizes", unit="image"):
-        with contextlib.suppress(Exception), Image.open(file) as image:  # what cannot be read is named later
-            sides[file] = min(image.size)
+    for name in progress(names[:: 1 + (len(names) - 1) // 10_000], desc="reading sizes", unit="image"):
+        with contextlib.suppress(Exception), Image.open(root / name) as image:  # what cannot be read is named later
+            sides[name] = min(image.size)
     usual = sorted(sides.values())[len(sides) // 4] if sides else 64
     size = image_size or min(64, usual)
-    small = [file for file, side in sides.items() if side < size]
+    small = [name for name, side in sides.items() if side < size]
     if small:
-        example = f"{_below(root, small[0])}, whose shorter side has {sides[small[0]]} pixels"
-        count = f"{len(small):,} of {len(sides):,}"
-        say(f"{root}: {count} images are smaller than {size} and are enlarged, such as {example}")
+        count = f"{len(small):,} of {len(sides):,} images are smaller than {size} and are enlarged"
+        say(f"{root}: {count}, such as {small[0]}, whose shorter side has {sides[small[0]]} pixels")
     return size, usual >= round(1.25 * size)  # enlarging images only to crop them would blur them
 
 
-# --- which files --------------------------------------------------------------------------------------------------
-
-Groups = dict[str, list[Path]]  # the images below a folder by the folder in it that holds them, "" those in it itself
+# --- which files count --------------------------------------------------------------------------------------------
 
 
 def visible(names: Iterable[str]) -> list[str]:
     """Sorted, without what systems put beside the user's files."""
     return sorted(name for name in names if not name.startswith((".", "__MACOSX", "@eaDir", "$RECYCLE")))
-
-
-def by_number(name: str) -> list:
-    """A key that sorts names as people count: 2 before 10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 @functools.cache
@@ -351,142 +326,134 @@ def is_image(file: Path) -> bool:
 
 def is_run(names: Iterable[str]) -> bool:
     """Whether files of these names make a training run's folder, which a user may have put among the images."""
-    return "model.safetensors" in names or ".lock" in names or bool(fnmatch.filter(names, "state_*.pt"))
+    return any(re.fullmatch(r"model\.safetensors|\.lock|state_.*\.pt", name) for name in names)
 
 
-def files_below(folder: Path, top: bool = True) -> Iterator[Path]:
-    """All files in a folder and its folders but hidden ones and runs', always in the same order."""
+def files_below(root: Path, inside: str = "") -> Iterator[str]:
+    """The names of all files below root / inside but hidden ones and those of runs, always in the same order."""
+    folder = root / inside
     entries = {entry.name: entry.is_dir() for entry in os.scandir(folder)}
-    if is_run(entries) and not top:
+    if inside and is_run(entries):
         return
-    yield from (folder / name for name in visible(entries) if not entries[name])
+    yield from (inside + name for name in visible(entries) if not entries[name])
     for name in visible(entries):
         if entries[name] and not folder.resolve().is_relative_to((folder / name).resolve()):  # no link upwards
-            yield from files_below(folder / name, top=False)
+            yield from files_below(root, inside + name + os.sep)
 
 
-def by_folder(folder: Path, images: list[Path]) -> Groups:
-    groups: Groups = {}
-    for image in images:
-        name, _, inside = _below(folder, image).partition(os.sep)
-        groups.setdefault(name if inside else "", []).append(image)
-    return {name: groups[name] for name in sorted(groups, key=by_number)}
+def by_folder(names: Iterable[str], inside: str = "") -> tuple[str, dict[str, str]]:
+    """The names that begin with `inside`, each with the folder that comes next or ""; sorted by it, 2 before 10.
+
+    Folders that hold nothing but one folder of folders, as archives have around the data, are added to `inside`.
+    """
+    rest = {name: name[len(inside) :] for name in names if name.startswith(inside)}
+    folders = {name: os.path.dirname(rest[name]).partition(os.sep)[0] for name in rest}
+    if len(set(folders.values())) == 1 and "" not in folders.values():
+        opened = by_folder(rest, inside + min(folders.values()) + os.sep)
+        if "" not in opened[1].values():
+            return opened
+    return inside, dict(sorted(folders.items(), key=lambda item: by_number(item[1])))
 
 
-def _open(folder: Path, images: list[Path]) -> tuple[Path, Groups]:
-    """Past the folders that hold nothing but one folder of folders, as archives have around the data."""
-    groups = by_folder(folder, images)
-    name = next(iter(groups), "")
-    if len(groups) == 1 and name and "" not in by_folder(folder / name, images):
-        return _open(folder / name, images)
-    return folder, groups
+def by_number(text: str) -> list:
+    """A key that sorts as people count: 2 before 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text))]
 
 
-def split_folders(root: Path) -> tuple[dict[Path, Groups], list[Path]]:
-    """The folder of training images and, if it is apart, the one of those held out; then the images of neither."""
-    folder, groups = _open(root, [file for file in files_below(root) if is_image(file)])
-    kinds: dict[str, list[str]] = {"train": [], "test": [], "validation": [], "": []}
-    for name in filter(None, groups):
-        kinds[_split_of(name)].append(name)
-    train, held_out, others = kinds["train"], kinds["test"] + kinds["validation"], kinds[""]
-    flat = bool(train) and "" in _open(folder / train[0], groups[train[0]])[1]
-    if not train or (flat and not held_out and (others or "" in groups)):
-        return {folder: groups}, []  # perhaps trains among other vehicles, or an album beside images
+def split_folders(root: Path, names: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The training images and, if they are apart, those held out, as from `by_folder`; then the images of neither."""
+    inside, images = by_folder(name for name in names if is_image(root / name))
+    kinds = {folder: _split_of(folder) for folder in images.values() if folder}
+    train = [folder for folder in kinds if kinds[folder] == "train"]
+    held_out = [folder for kind in ("test", "validation") for folder in kinds if kinds[folder] == kind]
+    others = [folder for folder in kinds if not kinds[folder]]
+    parts = [by_folder(images, inside + folder + os.sep) for folder in train[:1] + held_out[:1]]
+    flat = bool(train) and "" in parts[0][1].values()
+    if not train or (flat and not held_out and (others or "" in images.values())):
+        return {inside: images}, []  # perhaps trains among other vehicles, or an album beside images
     if len(train) > 1 or (others and flat == bool(held_out)):
-        raise UserError(
-            f"{folder} can be read in two ways: {train[0]}/ as the training images and the rest as other folders, or "
-            f"all as the classes {', '.join(filter(None, groups))}: rename {train[0]}/, or move what does not belong "
-            "to the data out of it"
-        )
+        ways = f"{train[0]}/ as the training images, or all as the classes {', '.join(kinds)}"
+        put_right = f"rename {train[0]}/, or move what does not belong to the data out of it"
+        raise UserError(f"{root / inside} can be read in two ways: {ways}: {put_right}")
     if held_out and held_out[0].lower() != "test":
-        say(f"{folder}: {held_out[0]}/ is held out")
-    unused = [file for name in held_out[1:] + others for file in groups[name]]
-    return dict(_open(folder / name, groups[name]) for name in train + held_out[:1]), unused
+        say(f"{root / inside}: {held_out[0]}/ is held out")
+    return dict(parts), [name for name, folder in images.items() if folder in held_out[1:] + others]
 
 
-def _split_of(name: str) -> str:
+def _split_of(folder: str) -> str:
     """train, test or validation where a folder's name says so, as in seg_train, Testing, val2017; otherwise nothing."""
     for split, words in SPLIT_NAMES.items():
-        if re.search(rf"(?<![a-z])({words})[ _-]*(set|split|data|images)?(?![a-z])", name.lower()):
+        if re.search(rf"(?<![a-z])({words})[ _-]*(set|split|data|images)?(?![a-z])", folder.lower()):
             return split
     return ""
 
 
-def _checked(folder: Path, groups: Groups, labels: bool) -> Groups:
-    """The groups of a folder, without images of no class where labels are needed and these are few.
-
-    Raises UserError where they are many, where a class is empty, and where there is no image at all.
-    """
-    for entry in (folder / name for name in visible(os.listdir(folder)) if labels):
+def _in_classes(folder: Path, images: dict[str, str]) -> dict[str, str]:
+    """The images in class folders, or all where there are none. Raises UserError where few are, or a class is empty."""
+    for entry in (folder / name for name in visible(os.listdir(folder))):
         if entry.is_dir() and not any(files_below(entry)) and not is_run(os.listdir(entry)):
             raise UserError(f"the class folder {entry} is empty: fill it or delete it")
-    if not groups:
-        raise UserError(f"{folder} has no image")
-    classes = {name: files for name, files in groups.items() if name}
-    own, inside = len(groups.get("", [])), sum(map(len, classes.values()))
-    if labels and own > inside > 0:
-        raise UserError(
-            f"{folder} has {own:,} images of no class beside {inside:,} in the class folders {', '.join(classes)}: "
-            "move each into its class, or train without labels, which reads them all"
-        )
-    return classes if labels and classes else groups
+    in_classes = {name: label for name, label in images.items() if label}
+    beside = len(images) - len(in_classes)
+    if beside > len(in_classes) > 0:
+        classes = f"{len(in_classes):,} in the class folders {', '.join(dict.fromkeys(in_classes.values()))}"
+        put_right = "move each into its class, or train without labels, which reads them all"
+        raise UserError(f"{folder} has {beside:,} images of no class beside {classes}: {put_right}")
+    return in_classes or images
 
 
-def _list_splits(root: Path, labels: bool) -> tuple[dict[str, Groups], dict[Path, str]]:
-    """The images of both splits, and why other files are left out. Raises UserError where classes that count differ."""
-    found, unused = split_folders(root)
-    (folder, train), *apart = [(part, _checked(part, groups, labels)) for part, groups in found.items()]
-    if apart and labels and "" in apart[0][1]:
-        say(f"{apart[0][0]} has no class folders: a tenth of {folder} is held out instead")
-        unused, apart = unused + apart[0][1][""], []
-    if apart:
-        test_folder, test = apart[0]
-        if labels and list(test) != list(train):
-            raise UserError(
-                f"{test_folder} has the classes {', '.join(test)}, {folder} has {', '.join(train)}: "
-                "labels are numbers in the order of the names, so both must have the same"
-            )
-    else:
-        files = sorted(itertools.chain(*train.values()), key=lambda file: zlib.crc32(os.fsencode(_below(folder, file))))
-        tenth = set(files[: len(files) // 10])
-        test = {name: [file for file in group if file in tenth] for name, group in train.items()}
-        train = {name: [file for file in group if file not in tenth] for name, group in train.items()}
-    used = set(itertools.chain(*train.values(), *test.values(), unused))
-    left_out = {file: _why_left_out(file) for part in found for file in files_below(part) if file not in used}
+def _list_splits(root: Path, labels: bool) -> tuple[dict[str, dict[str, str]], list[str], dict[str, str]]:
+    """Each split's images with the folders that hold them; the classes; other files and why they are left out.
+
+    The folders are the classes, but where an image is in none or the splits differ: then there are no classes.
+    """
+    names = list(files_below(root))
+    parts, unused = split_folders(root, names)
+    if labels:
+        parts = {inside: _in_classes(root / inside, images) for inside, images in parts.items()}
+    (inside, train), (apart, test) = [*parts.items(), ("", {})][:2]
+    if not train:
+        raise UserError(f"{root} has no image")
+    classes, of_test = list(dict.fromkeys(train.values())), list(dict.fromkeys(test.values()))
+    if labels and "" in of_test:
+        say(f"{root / apart} has no class folders: a tenth of {root / inside} is held out instead")
+        unused, test = [*unused, *test], {}
+    elif labels and test and of_test != classes:
+        differ = f"{root / apart} has the classes {', '.join(of_test)}, {root / inside} has {', '.join(classes)}"
+        raise UserError(f"{differ}: labels are numbers in the order of the names, so both must have the same")
+    if "" in classes or (test and of_test != classes):
+        classes = []
+    if not test:
+        by_hash = sorted(train, key=lambda name: zlib.crc32(os.fsencode(name[len(inside) :])))
+        tenth = set(by_hash[: len(train) // 10])
+        test = {name: folder for name, folder in train.items() if name in tenth}
+        train = {name: folder for name, folder in train.items() if name not in tenth}
+    used = {*train, *test, *unused}
+    left_out = {}
+    for name in (name for part in parts for name in names if name.startswith(part) and name not in used):
+        left_out[name] = NO_HEIC if name.lower().endswith((".heic", ".heif", ".hif")) else "not an image"
+        if is_image(root / name):
+            left_out[name] = "beside the class folders"
     left_out |= dict.fromkeys(unused, "in folders that are neither trained on nor held out")
-    return {"train": train, "test": test}, left_out
-
-
-def _why_left_out(file: Path) -> str:
-    if is_image(file):
-        return "beside the class folders"
-    return NO_HEIC if file.suffix.lower() in (".heic", ".heif", ".hif") else "not an image"
+    return {"train": train, "test": test}, classes, left_out
 
 
 def describe_folder(name_or_path: str | Path) -> str | None:
-    """What tells a folder of one's own from others of its name: its images' number and a hash of their names and sizes.
-
-    Of all files where it holds the data in other formats; None for built-in data.
-    """
+    """The number of images in a folder of one's own, or of files where it has none, and a hash of names and sizes."""
     folder = Path(name_or_path).expanduser().resolve()
     if str(name_or_path) in DATASETS or not folder.is_dir():
         return None
-    images = [file for groups in split_folders(folder)[0].values() for file in itertools.chain(*groups.values())]
-    facts = _file_facts(folder, images or files_below(folder))
-    lines = [name + f"\0{status.st_size}\n".encode() for name, status in facts]
+    names = list(files_below(folder))
+    images = [name for part in split_folders(folder, names)[0].values() for name in part]
+    lines = [name + f"\0{status.st_size}\n".encode() for name, status in _file_facts(folder, images or names)]
     return f"{len(lines)} files, {hashlib.sha256(b''.join(lines)).hexdigest()[:16]}"
 
 
-def _file_facts(folder: Path, files: Iterable[Path]) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Each file's path below the folder, and its size and times, which a link to nowhere does not have."""
-    for file in files:
+def _file_facts(root: Path, names: list[str]) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Each file's name, and its size and times, which a link to nowhere does not have."""
+    for name in names:
         with contextlib.suppress(OSError):
-            yield os.fsencode(_below(folder, file)), file.stat()
-
-
-def _below(folder: Path, file: Path) -> str:
-    """The file's path relative to the folder it is in (Path.relative_to takes a second for 50,000 files)."""
-    return str(file)[len(str(folder)) + 1 :]
+            yield os.fsencode(name), (root / name).stat()
 
 
 # --- from files to pixels -----------------------------------------------------------------------------------------
@@ -497,7 +464,7 @@ one_at_a_time = threading.Lock()  # for images that need gigabytes
 def decode_image(path: Path, side: int) -> np.ndarray | str:
     """The centre square of an image file, antialiased to uint8 side x side x 3; or in a few words why there is none."""
     try:
-        return _decode(path, side)
+        return np.asarray(ImageOps.fit(_read_rgb(path, side), (side, side), Image.Resampling.BILINEAR))
     except MemoryError:
         raise
     except UserError as error:
@@ -515,88 +482,74 @@ def decode_image(path: Path, side: int) -> np.ndarray | str:
         return "cut off" if "truncated" in str(error).lower() else "damaged"
 
 
-def _decode(path: Path, side: int) -> np.ndarray:
+def _read_rgb(path: Path, side: int) -> Image.Image:
+    """Upright, and at least twice as large as `side` where the file is."""
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
-            with one_at_a_time if math.prod(image.size) > 50_000_000 else contextlib.nullcontext():
-                upright: Image.Image = image
+            with one_at_a_time if image.width * image.height > 50_000_000 else contextlib.nullcontext():
                 with contextlib.suppress(Exception):  # the camera's notes may be damaged
-                    upright = ImageOps.exif_transpose(image)
-                rgb = to_rgb(upright, image.format)
+                    ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
     except (SyntaxError, ValueError, UnidentifiedImageError) as error:
         # Pillow refuses a PNG or JPEG for some damages of its metadata: torchvision reads the pixels only, all or none
         try:
             pixels = torchvision.io.decode_image(str(path), "RGB")
         except RuntimeError:
             raise error
-        rgb = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    return np.asarray(ImageOps.fit(rgb, (side, side), Image.Resampling.BILINEAR))
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def to_rgb(image: Image.Image, format: str | None = None) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """The image in 8-bit RGB: other numbers are scaled by their range, and what is transparent lets white through."""
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(to_8_bits(np.asarray(image), format))
+        image = Image.fromarray(to_8_bits(np.asarray(image), image.format))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
 def to_8_bits(x: np.ndarray, format: str | None) -> np.ndarray:
-    """Greys as uint8. PNG has 16 bits; other files do not say their range, which is the smallest usual one that fits.
-
-    Raises UserError where none does, or where one would leave the image all but black.
-    """
+    """Greys as uint8. PNG has 16 bits; other files do not say their range: it is the smallest usual one that fits."""
     whole = x.dtype.kind in "iu"
     ranges = [65535] if format == "PNG" else [255, 4095, 65535, 2**31 - 1] if whole else [1, 255, 65535]
     low, high = x.min(), x.max()
     for i, top in enumerate(ranges):
-        if -0.001 * top <= low and high <= 1.001 * top and (i == 0 or high > top / 64):
+        if -0.001 * top <= low and high <= 1.001 * top and (i == 0 or high > top / 64):  # not all but black
             scaled = x.astype(np.int64) * 255 // top if whole else (x.astype(np.float64) / top * 255).round()
             return scaled.clip(0, 255).astype(np.uint8)
     raise UserError("with numbers in an unusual range")
 
 
-def _load_images(folder: Path, files: list[Path], side: int) -> tuple[np.ndarray, list[str]]:
-    """The readable files' pixels (uint8, N x 3 x side x side), and for every file why it is not readable, or "".
-
-    Each is decoded once: the results are kept, memory-mapped, under CACHE.
-    """
+def _load_images(root: Path, names: list[str], side: int) -> tuple[np.ndarray, dict[str, str]]:
+    """Pixels (uint8, N x 3 x side x side), and why others cannot be read; each is decoded once and kept in CACHE."""
     record = np.dtype([("reason", "S100"), ("pixels", "u1", (side, side, 3))])
-    facts = [(name, status.st_size, status.st_mtime_ns) for name, status in _file_facts(folder, files)]
-    key = repr((os.fsencode(folder), side, ".heic" in image_suffixes(), facts))
+
+    def decode_all() -> Iterator[bytes]:
+        with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes outside of Python's lock
+            results = pool.imap(lambda name: decode_image(root / name, side), names)
+            for x in progress(results, total=len(names), desc=f"decoding {root.name}", unit="image"):
+                yield np.array((x.encode(), 0) if isinstance(x, str) else (b"", x), record).tobytes()
+
+    facts = [(name, status.st_size, status.st_mtime_ns) for name, status in _file_facts(root, names)]
+    key = repr((os.fsencode(root), side, ".heic" in image_suffixes(), facts))
     cache = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
-
-    def write(stream) -> None:
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # PIL decodes outside of Python's lock
-        try:
-            results = pool.map(lambda file: decode_image(file, side), files)
-            for x in progress(results, total=len(files), desc=f"decoding {folder.name}", unit="image"):
-                row = (x.encode(), 0) if isinstance(x, str) else (b"", x)
-                stream.write(np.array(row, record).tobytes())
-        finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all the others
-
     try:
         if not cache.exists():
             with atomic_path(cache) as temporary, open(temporary, "wb") as stream:
-                write(stream)
+                stream.writelines(decode_all())
         records: np.ndarray = np.memmap(cache, record, "c")  # writes stay private
     except (UserError, OSError, ValueError) as error:
         say(f"the decoded images stay in memory: {error}")
-        buffer = io.BytesIO()
-        write(buffer)
-        records = np.frombuffer(buffer.getbuffer(), record)
-    reasons = [reason.decode(errors="replace") for reason in records["reason"]]
-    pixels = records["pixels"][[not reason for reason in reasons]] if any(reasons) else records["pixels"]
-    return pixels.transpose(0, 3, 1, 2), reasons
+        records = np.frombuffer(bytearray().join(decode_all()), record)
+    unreadable = {name: reason.decode(errors="replace") for name, reason in zip(names, records["reason"]) if reason}
+    pixels = records["pixels"][records["reason"] == b""] if unreadable else records["pixels"]
+    return pixels.transpose(0, 3, 1, 2), unreadable
 
 
 def is_grey(images: np.ndarray) -> bool:
     """Whether uint8 N x 3 x H x W images have no colour at all; the first that has one ends the search."""
-    parts = (images[i : i + 100] for i in range(0, len(images), 100))
-    return all((part[:, :1] == part).all() for part in parts)
+    return all((image[:1] == image).all() for image in images)
 
 
 def with_channels(images: torch.Tensor, channels: int | None) -> torch.Tensor:
@@ -620,9 +573,7 @@ def augment(data: ImageData, index, generator: torch.Generator | None = None) ->
     if data.crop and generator is not None:
         images = _random_crops(data, index, generator)
     else:
-        images = data.images[index]
-        if images.shape[-1] != data.image_size:
-            images = resize(images, data.image_size)
+        images = resize(data.images[index], data.image_size)
     if data.flip and generator is not None:
         coin = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
         images = torch.where(coin.to(images.device)[:, None, None, None], images.flip(3), images)
@@ -639,13 +590,14 @@ def _random_crops(data: ImageData, index, generator: torch.Generator) -> torch.T
     top, left = (top * (side - height + 1)).floor(), (left * (side - width + 1)).floor()
     boxes = torch.stack([top, left, top + height, left + width], 1).int().tolist()
     # one by one, yet fast: PyTorch resizes uint8 images whose channels come last in vectorised integers
-    crops = (
-        data.images[i : i + 1, :, top:bottom, left:right]
-        for i, (top, left, bottom, right) in zip(index.tolist(), boxes)
-    )
-    return torch.cat([resize(crop, data.image_size) for crop in crops])
+    crops = []
+    for image, (top, left, bottom, right) in zip(index.tolist(), boxes):
+        crops.append(resize(data.images[image : image + 1, :, top:bottom, left:right], data.image_size))
+    return torch.cat(crops)
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """N x C x H x W, uint8 or float -> N x C x size x size, filtered so that nothing aliases."""
+    if images.shape[2:] == (size, size):
+        return images
     return torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)

@@ -5,10 +5,10 @@ Every change draws the same noise without guidance and with it; a slider walks t
 
 import asyncio
 import functools
-import html
 import random
 import time
 
+import ipywidgets as widgets
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -27,7 +27,7 @@ def choices():
     """{name: (title, {"raw": path, "ema": path}, class names)} of the conditional models that are there."""
     found = {}
     for name in ("fashion_mnist", "cifar10"):
-        for path in figures.CHECKPOINTS.glob(f"{name}_conditional.safetensors"):
+        for path in figures.shipped(f"{name}_conditional"):
             found[name] = DATASETS[name].title, {"raw": path, "ema": path}, load(path, "ema")[2]["data"]["classes"]
     raw, ema = (figures.CHECKPOINTS / f"{name}.pt" for name in ("conditional_ckpt", "conditional_ema_ckpt"))
     if raw.is_file() and ema.is_file():
@@ -57,7 +57,7 @@ def draw(model, diffusion, shape, label, cfg_scale, cfg_interval=None, n=6, **op
 
 
 def picture(drawing, step):
-    """The samples and what the sampler saw at a step, with the rows' names, as a PNG of one size for all models."""
+    """The samples and what the sampler saw at a step, with the rows' names: uint8, of one size for all models."""
     unguided, x_ts, x0s = drawing
     rows = {
         "without guidance": unguided,
@@ -73,4 +73,63 @@ def picture(drawing, step):
     for row, name in enumerate(rows):
         place = (NAMES_WIDTH - 8, (row + 0.5) * len(grid) / len(rows))
         ImageDraw.Draw(canvas).text(place, name, "black", ImageFont.load_default(15), anchor="rm", align="right")
-    return figures.png(np.asarray(canvas))
+    return np.asarray(canvas)
+
+
+def show():
+    """The controls and the picture, as one widget."""
+    models = choices()
+    wide = {"style": {"description_width": "90px"}, "layout": {"width": "460px"}}
+    lazy = wide | {"continuous_update": False}
+    data = widgets.ToggleButtons(options=[(title, name) for name, (title, *_) in models.items()], description="model")
+    label = widgets.ToggleButtons(options=[("", 0)], description="class", style={"button_width": "auto"})
+    scale = widgets.SelectionSlider(options=SCALES, value=3.0, description="guidance", **lazy)
+    interval = widgets.IntRangeSlider(value=(0, 999), min=0, max=999, description="guided for t", **lazy)
+    sampler = widgets.ToggleButtons(options=list(SAMPLERS), value="dpm", description="sampler")
+    steps = widgets.IntSlider(value=10, min=2, max=100, description="steps", **lazy)
+    ema = widgets.Checkbox(value=True, description="averaged weights (EMA)")
+    seed = widgets.BoundedIntText(value=0, max=9999, description="seed")
+    surprise = widgets.Button(description="surprise me", icon="random")
+    walk = widgets.IntSlider(description="on the way", **wide)
+    status, image = widgets.Label(), widgets.Image(format="png", width=figures.PAGE_WIDTH, height=HEIGHT)
+    latest, waiting = {}, []
+
+    def name_classes(_=None):
+        label.options = [(name, i) for i, name in enumerate(models[data.value][2])]
+
+    def redraw():
+        try:
+            weights = "ema" if ema.value else "raw"
+            model, diffusion, config = load(models[data.value][1][weights], weights)
+            guidance, start = (label.value, scale.value, interval.value), time.perf_counter()
+            options = {"sampler": sampler.value, "steps": steps.value, "seed": seed.value}
+            latest["drawing"] = draw(model, diffusion, image_shape(model, config), *guidance, **options)
+            walk.max = walk.value = len(latest["drawing"][1]) - 1
+            scrub()
+            status.value = f"drawn in {time.perf_counter() - start:.1f} s"
+        except Exception as error:  # nobody sees what is raised in a timer
+            status.value = f"{type(error).__name__}: {error}"
+
+    def ask(_=None):
+        """Draw soon: of several quick changes only the last one is drawn."""
+        status.value = "drawing ..."
+        if waiting:
+            waiting.pop().cancel()
+        waiting.append(asyncio.get_event_loop().call_later(0.05, redraw))
+
+    def scrub(_=None):
+        if latest:
+            image.value = figures.png(picture(latest["drawing"], walk.value))
+
+    name_classes()
+    data.observe(name_classes, "value")
+    for control in data, label, scale, interval, sampler, steps, ema, seed:
+        control.observe(ask, "value")
+    surprise.on_click(lambda _: label.set_trait("index", random.randrange(len(label.options))))
+    surprise.on_click(lambda _: seed.set_trait("value", random.randrange(10_000)))
+    walk.observe(scrub, "value")
+    redraw()
+    if figures.PUBLISHING:
+        return figures.still(picture(latest["drawing"], walk.value), "The playground")
+    pairs = [widgets.HBox(row) for row in ((scale, interval), (sampler, steps), (ema, seed, surprise))]
+    return widgets.VBox([data, label, *pairs, status, image, walk])

@@ -60,7 +60,6 @@ DEFAULTS: dict = {
     "label_dropout": "example",
     "timestep_sampling": "uniform",
 }
-MAX_STEPS = 10**8  # more is a mistake, and the losses are kept in memory
 FEW_STEPS = 1000  # after fewer, samples are hardly more than blobs
 TIMED_STEPS = 20  # with --minutes: how many steps are timed before the run's length is fixed
 
@@ -304,7 +303,7 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
 
 def fix_length(run, wanted):
     """--minutes: the run has as many steps as process 0 has time for, and at least those that were timed."""
-    wanted = min(MAX_STEPS, gather(wanted, run.world)[0])
+    wanted = gather(wanted, run.world)[0]
     run.config["train"]["steps"] = max(run.step, wanted)
     made = f", and {run.step} are made already" if wanted < run.step else ""
     say(f"{wanted} steps fit into --minutes here{made}")

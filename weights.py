@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from ddpm import Diffusion
 from modules import NETWORKS
-from utils import UserError, atomic_path, is_out_of_memory, say
+from utils import UserError, atomic_path, is_out_of_memory, say, sha256
 
 # --- safetensors files, with a configuration inside ------------------------------------------------------------------
 
@@ -111,6 +111,12 @@ def find_checkpoint(path):
     if state is None:
         raise UserError(f"no checkpoint at {path}: the folder holds no run")
     return newest
+
+
+def describe_checkpoint(path):
+    """What a result or a run records of a checkpoint: its file's name and contents."""
+    file = find_checkpoint(path)
+    return {"checkpoint": file.name, "sha256": sha256(file)}
 
 
 def read_checkpoint(path):

@@ -16,9 +16,13 @@ import os
 import re
 import shutil
 import sys
-import time
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+
+import nbformat
+import typst
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 REPORT = Path(__file__).resolve().parent
 ROOT = REPORT.parent
@@ -28,16 +32,11 @@ from figures import CHECKPOINTS, FIGURES, PICTURES, RESULTS, sha256  # noqa: E40
 from report import tables  # noqa: E402
 from utils import ArgumentParser, UserError, atomic_path, command_line, progress  # noqa: E402
 
-KEPT = ("best_scale_cifar10.svg", "denoising.gif")  # figures that README.md shows, and so are in the repository
 TIMESTAMP = 1_700_000_000  # of every PDF, so that equal contents are equal bytes
 
 
 def execute_notebook(path, out, timeout=600):
     """Run all cells of a notebook in its own folder and write it, with the outputs, to `out`. Raises UserError."""
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError
-
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}
     quiet = ["--log-level=ERROR"]  # ipykernel's warning about local TCP would break the bar
@@ -60,71 +59,53 @@ def execute_notebook(path, out, timeout=600):
 
 def run_notebooks(args):
     os.environ["DDPM_PUBLISHING"] = "1"  # see figures.py
-    notebooks = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    notebooks = {path.stem: path for path in sorted(ROOT.glob("notebooks/*.ipynb"))}
     if unknown := [name for name in args.names if name not in notebooks]:
         raise UserError(f"there is no notebook {unknown[0]}: choose from {', '.join(notebooks)}")
     if not args.names:  # all figures are drawn again; what no notebook draws any more must not stay
-        for record in list(FIGURES.glob("*.json")):
-            for figure in list(FIGURES.glob(f"{record.stem}.*")):
-                figure.unlink()
-    for name in args.names or notebooks:
-        start, path = time.monotonic(), notebooks[name]
+        for record in list(FIGURES.glob("*.json")):  # without which the report does not use a figure
+            record.unlink()
+    for path in [notebooks[name] for name in args.names or notebooks]:
         out = path if args.inplace else ROOT / "build" / path.name
         execute_notebook(path, out)
-        print(f"wrote {out.relative_to(ROOT)} ({time.monotonic() - start:.0f} s)")
-    for name in KEPT:
+        print(f"wrote {out.relative_to(ROOT)}")
+    for name in ("best_scale_cifar10.svg", "denoising.gif"):  # README.md shows them, and so they are committed
         if args.inplace and (FIGURES / name).exists():
             shutil.copyfile(FIGURES / name, PICTURES / name)
 
 
-# --- what the report may use ---------------------------------------------------------------------------------------
-
-
 def claims(value, data=None):
-    """Pairs (file of checkpoints/, SHA-256) of all that a result, or a part of one about `data`, was made from."""
+    """Pairs (what, SHA-256) of the files that a result, or the part of one that is about `data`, was made from."""
     if isinstance(value, list):
         value = dict(enumerate(value))
     if not isinstance(value, dict):
         return
-    data, features, checkpoint = value.get("data", data), value.get("features"), value.get("checkpoint")
-    if {"name", "sha256", "config"} <= value.keys():  # a row of grid.json
-        yield f"grid_{value['name']}.safetensors", value["sha256"]
-    if isinstance(checkpoint, str) and checkpoint != "model.safetensors":  # a run's own, which need not ship
-        yield Path(checkpoint).name, value.get("sha256")
-    if isinstance(features, dict):
-        yield f"features_{features.get('name')}.safetensors", features.get("sha256")
-        if features.get("name") == data and "reference" in value:  # others are computed
-            yield f"reference_{data}.safetensors", value["reference"].get("sha256")
+    data = value.get("data", data)
     for key, part in value.items():
-        if key != "config":  # which may name the checkpoint that a training started from
+        if key == "sha256":
+            yield value.get("checkpoint") or value.get("name") or f"reference of {data}", part
+        elif key == "reference" and value.get("features", {}).get("name") != data:
+            pass  # computed in another data set's features, and so not in checkpoints/
+        elif key != "config":  # which may name the checkpoint that a training started from
             yield from claims(part, data)
-
-
-def unchanged(path, recorded):
-    """Whether the file is there, with the SHA-256 that was recorded."""
-    return path.is_file() and sha256(path) == recorded
 
 
 def available():
     """The names of the figures and results that the report can use. Raises UserError for one that is out of date."""
-    figures, results = {}, []
-    for path in sorted(FIGURES.glob("*.json")):
-        about = json.loads(path.read_text())
-        for source, recorded in about["sources"].items():
-            if not unchanged(ROOT / source, recorded):
+    figures = {path.stem: json.loads(path.read_text()) for path in sorted(FIGURES.glob("*.json"))}
+    for figure in figures.values():
+        for source, recorded in figure["sources"].items():
+            if not (ROOT / source).is_file() or sha256(ROOT / source) != recorded:
                 remedy = "run `python report/build.py notebooks`"
-                raise UserError(f"{about['file']} was drawn from another {source}: {remedy}")
-        figures[path.stem] = about["file"]
-    for path in sorted(RESULTS.glob("*.json")):
+                raise UserError(f"{figure['file']} was drawn from another {source}: {remedy}")
+    results = sorted(RESULTS.glob("*.json"))
+    checkpoints = {sha256(path) for path in CHECKPOINTS.glob("*.safetensors")}
+    for path in results:
         for name, recorded in claims(json.loads(path.read_text())):
-            if recorded and not unchanged(CHECKPOINTS / name, recorded):
-                remedy = 'run its "command" again'
-                raise UserError(f"{path.relative_to(ROOT)} was made from another {name} than is there: {remedy}")
-        results.append(path.stem)
-    return {"figures": figures, "results": results}
-
-
-# --- the PDF -------------------------------------------------------------------------------------------------------
+            if recorded not in checkpoints and name != "model.safetensors":  # a run's own, which need not ship
+                raise UserError(f'{path.name} was made from another {name} than is there: run its "command" again')
+    files = {name: figure["file"] for name, figure in figures.items()}
+    return {"figures": files, "results": [path.stem for path in results]}
 
 
 def typst_options(lastname):
@@ -135,8 +116,6 @@ def typst_options(lastname):
 
 def build_pdf(lastname, out=None, allow_missing=True):
     """Typeset the report; returns the PDF's path. Raises UserError."""
-    import typst
-
     if not re.fullmatch(r"[^\W_][\w' -]*", lastname):
         raise UserError(f"LASTNAME={lastname!r} cannot be part of a file name: use letters")
     shown = set(re.findall(r'picture\("(\w+)"', "".join(path.read_text() for path in REPORT.glob("*.typ"))))
@@ -159,8 +138,7 @@ def run_pdf(args):
     path = build_pdf(args.lastname, allow_missing=args.allow_missing)
     print(f"wrote {path.relative_to(ROOT)}")
     if args.publish:
-        shutil.copyfile(path, REPORT / "published" / path.name)
-        print(f"wrote {(REPORT / 'published' / path.name).relative_to(ROOT)}")
+        print("wrote", Path(shutil.copy(path, REPORT / "published")).relative_to(ROOT))
 
 
 def run_tables(args):

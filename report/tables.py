@@ -1,9 +1,7 @@
 """The tables of the three Markdown pages, from report/results/*.json and the checkpoints themselves.
 
-    python report/build.py tables        fill them in again
-
-A table stands between `<!-- NAME -->` and `<!-- end -->`, and is replaced whole. So no measured number in those files
-is typed by hand, and a test can tell when one is out of date.
+A table stands between `<!-- NAME -->` and `<!-- end -->`, and `python report/build.py tables` replaces it whole. So no
+measured number in those files is typed by hand, and a test can tell when one is out of date.
 """
 
 import re
@@ -13,8 +11,6 @@ from figures import CHECKPOINTS, RESULTS, read_result
 from image_data import DATASETS
 from utils import ROOT, UserError
 from weights import images_seen, read_checkpoint
-
-PAGES = ("README.md", "BENCHMARKS.md", "checkpoints/README.md")
 
 
 def table(header, rows):
@@ -60,10 +56,6 @@ def results_table():
     return table(["model", "Fréchet distance", "floor", "label agreement"], rows)
 
 
-def number(x):
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-
-
 def speed_table():
     """The comparisons of speed, a table for each machine."""
     rows, parts = [row for row in read_result("benchmark")["rows"] if "gain" in row], []
@@ -71,9 +63,9 @@ def speed_table():
         here = [row for row in rows if row["machine"] == machine]
         lines = []
         for row in here:
-            what = row["what"] + (f" ({row['note']})" if "note" in row else "")
-            sides = [f"{number(row[side]['median'])} {row['unit']}" for side in ("plain", "ours")]
-            lines.append([what, *sides, "{median:.3g} ({min:.3g} to {max:.3g})".format(**row["gain"])])
+            note = f" ({row['note']})" if "note" in row else ""
+            sides = [f"{row[side]['median']:.3g} {row['unit']}" for side in ("plain", "ours")]
+            lines.append([row["what"] + note, *sides, "{median:.3g} ({min:.3g} to {max:.3g})".format(**row["gain"])])
         loads = [row["load_before"] for row in here]
         parts.append(f"On {machine} (load average before the measurements: {min(loads):.1f} to {max(loads):.1f}):")
         parts.append(table(["what", "plain", "ours", "times better (lowest to highest)"], lines))
@@ -160,4 +152,5 @@ def fill(text):
 
 def filled():
     """{page: its text with every table made anew}"""
-    return {ROOT / page: fill((ROOT / page).read_text()) for page in PAGES}
+    pages = [ROOT / page for page in ("README.md", "BENCHMARKS.md", "checkpoints/README.md")]
+    return {page: fill(page.read_text()) for page in pages}

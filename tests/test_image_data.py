@@ -31,7 +31,6 @@ from utils import UserError, generator
 def test_the_shipped_sample_stands_in_without_network(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("load_data must not use the network"))
     sample = utils.ROOT / "data/fashion_mnist_sample"
-    assert sum(file.stat().st_size for file in sample.iterdir()) < 2_000_000
     monkeypatch.setattr(image_data, "ROOT", tmp_path)  # without data/fashion_mnist
     move_fashion_mnist(monkeypatch, tmp_path / "nowhere")
     (tmp_path / "data").mkdir()
@@ -39,7 +38,6 @@ def test_the_shipped_sample_stands_in_without_network(capsys, monkeypatch, tmp_p
     train, test = load_data("fashion_mnist"), load_data("fashion_mnist", "test")
     assert len(train) >= 2000 and len(test) >= 1000
     assert train.images.shape[1:] == (1, 28, 28) and train.images.dtype == torch.uint8
-    assert torch.bincount(train.labels, minlength=10).min() > 150
     assert train.labels[:5].tolist() == [9, 0, 0, 3, 0]  # the known beginning of Fashion-MNIST
     assert 60 < train.images.float().mean() < 85 and not train.flip and train.image_size == 28
     err = capsys.readouterr().err
@@ -80,7 +78,6 @@ def test_sizes_and_classes_of_mnist_files(idx_folder):
         ("train-images-idx3-ubyte", lambda content: content[:8] + b"\0\0\0\x0e\0\0\0\x38" + content[16:]),  # 14 x 56
         ("train-labels-idx1-ubyte", lambda content: content[:-1] + b"\x0a"),
         ("train-labels-idx1-ubyte", lambda content: b"\0\0\x08\x01\0\0\0\x02\0\0"),
-        ("train-labels-idx1-ubyte", None),
         ("train-images-idx3-ubyte", None),
         ("train-images-idx3-ubyte.gz", lambda content: content[:-20]),
         ("train-images-idx3-ubyte.gz", lambda content: b"not gzip"),
@@ -225,9 +222,6 @@ def make(root, files):
         (0, "training x 10, reading x 10, test x 10", "rename training/", "", "", ""),
         (0, "train/1 x 10, train/2 x 10, bus x 10", "read in two ways.* classes bus, train", "", "", ""),
         (0, "trainers x 10, boots x 10", 18, 2, "boots trainers", ""),
-        (0, "train/a x 20", 18, 2, "a", ""),
-        (0, "train x 20", 18, 2, "", ""),
-        (0, "0 x 2, 1 x 2, 2 x 2, 10 x 2, 11 x 2", 9, 1, "0 1 2 10 11", ""),
         (1, "class_9 x 5, class_10 x 4", 9, "too few", "class_9 class_10", ""),
         (0, "a.png, b.png, c.JPG, edited x 7, edited/raw x 10", 18, 2, "", ""),  # an album beside
         (0, "photos x 10, run/state_00000005_0123456789abcdef.pt, run/samples.png", 9, 1, "photos", ""),
@@ -266,7 +260,6 @@ def test_layouts(labels, files, train, test, classes, said, tmp_path, capsys):
     [
         ([20] + [150] * 11, 64, True),  # an icon comes first
         ([150] + [48] * 11, 48, False),  # a large one comes first
-        ([60] * 12, 60, False),
         ([30, 31] + [90] * 10, 64, True),
         ([40] * 6 + [200] * 6, 40, False),
     ],
@@ -289,9 +282,6 @@ def test_the_data_line(tmp_path):
     assert left_out == "left out: 1 not an image, such as Thumbs.db"
     many = make_data(torch.zeros(60_000, 1, 1, 1, dtype=torch.uint8), labels=torch.zeros(60_000), classes=["a"])
     assert image_data.describe(many, None, False) == "data: 60,000 images for training, 0 held out; 1 x 1 grey"
-
-
-# --- grey ---------------------------------------------------------------------------------------------------------
 
 
 def test_grey_folders_have_one_channel(tmp_path, idx_folder, capsys):
@@ -317,7 +307,7 @@ def test_grey_folders_have_one_channel(tmp_path, idx_folder, capsys):
     assert grey.images.shape[1] == 1 and grey.images[(grey.images - 124).abs().amax((1, 2, 3)) == 0].any()  # luminance
 
 
-# --- the table, the fingerprint, the cache ---------------------------------------------------------------------
+# --- the fingerprint and the cache -----------------------------------------------------------------------------
 
 
 def test_a_folder_is_known_by_its_files_wherever_it_lies(tmp_path):
@@ -459,14 +449,12 @@ ORIENTATION = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
         (0xE1, exif(struct.pack("<HHI4s", 0x0112, 2, 3, b"ab\0\0")), False),
         (0xE1, b"Exif\0\0II*\0\xff\xff\xff\0", False),
         (0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><tiff:Orientation", False),
-        (0xE2, b"ICC_PROFILE\0\1\2abc", False),
         (0xE2, b"MPF\0II*\0\x08\0\0\0\xff\xff", False),
         (0xED, b"Photoshop 3.0\0008BIM\x03\xed\0\0\0\0\0\x10ab", False),
         (0xEE, b"Adobe\0", False),
         (b"tEXt", b"Comment\0wrong checksum", False),
         (b"zTXt", b"Comment\0\0" + zlib.compress(b" " * 5_000_000), False),
         (b"iCCP", b"icc\0\1garbage", False),
-        (b"pHYs", b"\0", False),
         (b"eXIf", b"II*\0\xff\xff\xff\xff", False),
     ],
 )
@@ -514,7 +502,6 @@ def test_heic_is_read_where_pillow_heif_is(tmp_path, monkeypatch):
 
 
 def test_what_is_transparent_shows_white(tmp_path):
-    """Whatever colours hide behind."""
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("RGBA", (8, 8), (255, 0, 0, 127)).save(tmp_path / "half.png")
     Image.new("P", (8, 8), 0).save(tmp_path / "palette.png", transparency=0)
@@ -566,22 +553,13 @@ def test_each_image_is_flipped_by_its_own_coin():
     assert torch.equal(utils.to_uint8(augment(data, torch.tensor([3, 0]), generator(0))), images[[3, 0]])
 
 
-def test_augmentation_depends_on_the_generator_only():
-    data = make_data(torch.randint(0, 256, (9, 3, 20, 20), dtype=torch.uint8), flip=True, crop=True, image_size=16)
-    index = torch.tensor([4, 4, 1, 0])
-    first, again, other = (augment(data, index, generator(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert first.shape == (4, 3, 16, 16) and first.dtype == torch.float32 and first.abs().max() <= 1
-    assert not torch.equal(first[0], first[1])  # the same image twice, each with its own box
-    assert torch.equal(augment(data, index.numpy(), generator(1)), first)
-
-
 def test_crops_are_boxes_of_80_to_100_percent_at_any_place():
     # pixels count columns in the first channel and rows in the second, so a crop tells where it came from
     ramp = torch.arange(80, dtype=torch.uint8) * 3
     image = torch.stack([ramp.expand(80, 80), ramp[:, None].expand(80, 80), torch.zeros(80, 80, dtype=torch.uint8)])
     data = make_data(image.expand(300, 3, 80, 80), crop=True, image_size=64)
     x = utils.to_uint8(augment(data, torch.arange(300), generator(0))).float() / 3
+    assert x.shape == (300, 3, 64, 64)
     first, last = x[:, :2, 3, 3], x[:, :2, 60, 60]
     scale = (last - first) / 57  # source pixels per pixel
     length = 64 * scale  # width, height

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import randomise, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,16 +20,6 @@ from training import train
 from weights import load_checkpoint
 
 DATA = Path(__file__).parent / "data"
-
-
-def randomise(model, scale=0.05):
-    """Weights as the reference file wants them; no zero-initialised layer stays zero and hides what is before it."""
-    rng = np.random.RandomState(0)
-    with torch.no_grad():
-        for name, p in sorted(model.named_parameters()):
-            value = scale * rng.standard_normal(tuple(p.shape))
-            p.copy_(torch.from_numpy(value + (p.ndim == 1 and name.endswith(".weight"))))
-    return model.eval()
 
 
 def inputs(channels=1, size=8, n=3, seed=0):
@@ -61,33 +51,12 @@ def test_course_outputs():
         torch.testing.assert_close(plain.eval()(x, t), golden["out_uncond"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("classes", [None, 3])
-def test_course_file_format(tmp_path, prefix, classes):
-    """A state dict in a .pt, as torch.save writes it, from a DataParallel network or not."""
-    arguments = {"channels": 1, "width": 8}
-    model = randomise(UNet(**arguments) if classes is None else UNet_conditional(num_classes=3, **arguments))
-    path = tmp_path / "conditional_ckpt.pt"
-    torch.save({prefix + name: w for name, w in model.state_dict().items()}, path)
-    loaded, diffusion, config = load_checkpoint(path)
-    assert type(loaded) is type(model) and loaded.num_classes == classes and not loaded.training
-    assert (diffusion.timesteps, diffusion.schedule, config["data"]["image_size"]) == (1000, "linear", 64)
-    x, t = inputs(size=16)
-    labels = None if classes is None else torch.tensor([0, 2, -1])
-    torch.testing.assert_close(loaded(x, t, labels), model(x, t, labels), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("channels, size", [(1, 8), (3, 24)])
-def test_course_network_at_other_widths_and_sizes(channels, size):
-    x, t = inputs(channels, size)
-    assert UNet_conditional(channels, num_classes=4, width=8)(x, t, torch.tensor([0, -1, 3])).shape == x.shape
-
-
 @pytest.mark.parametrize(
     "make, words",
     [
         (lambda: UNet(width=6), "multiple of 4"),
         (lambda: PatchUNet(mults=(1, 0)), "at least 1"),
+        (lambda: PatchUNet(mults=(1, 2), depth=[1]), "a depth for each level"),
         (lambda: PatchUNet(block="dense"), "unknown block"),
         (lambda: EMA(-0.1), "beta must be in"),
         (lambda: EMA(1), "beta must be in"),
@@ -115,7 +84,7 @@ def test_self_attention_is_multihead_attention():
 @given(
     width=st.integers(1, 40),
     mults=st.lists(st.integers(1, 3), min_size=1, max_size=3),
-    depth=st.integers(1, 2),
+    depth=st.lists(st.integers(1, 2), min_size=3, max_size=3),
     block=st.sampled_from(list(modules.BLOCKS)),
     attention=st.booleans(),
     classes=st.sampled_from([None, 1, 3]),
@@ -123,7 +92,7 @@ def test_self_attention_is_multihead_attention():
     times=st.integers(1, 4),
 )
 def test_patch_unet_of_any_shape(width, mults, depth, block, attention, classes, channels, times):
-    model = PatchUNet(channels, width, mults, depth, 2, classes, block, attention)
+    model = PatchUNet(channels, width, mults, depth[: len(mults)], 2, classes, block, attention)
     x, t = inputs(channels, times * model.size_multiple, n=2)
     with torch.no_grad():
         eps = model(x, t, None if classes is None else torch.tensor([0, -1]))
@@ -141,7 +110,7 @@ NETWORKS = {
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_weight_is_trained_but_no_embedding_of_a_dropped_label(network):
     model = randomise(NETWORKS[network]())
-    x, t = inputs(size=16)
+    x, t = inputs(size=24)
     model(x, t, torch.tensor([3, -1, 1])).square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
     rows = model.label_emb.weight.grad.abs().sum(1) > 0
@@ -179,9 +148,6 @@ def test_images_do_not_see_each_other(network):
     assert (whole[0] - whole[1]).abs().max() > 1e-2
 
 
-# --- layers ---
-
-
 @pytest.mark.parametrize("dim", [1, 2, 33, 48, 256])
 def test_sinusoidal_embedding(dim):
     t = torch.tensor([0, 1, 500, 999])
@@ -193,23 +159,17 @@ def test_sinusoidal_embedding(dim):
 
 
 @pytest.mark.parametrize("dim, heads", [(8, 1), (64, 2)])
-def test_attention_is_softmax_attention(dim, heads):
-    layer = randomise(modules.Attention(dim), scale=0.3)
+@pytest.mark.parametrize("kind", [modules.Attention, modules.LinearAttention])
+def test_attention_is_its_formula(kind, dim, heads):
+    layer, scale = randomise(kind(dim), scale=0.3), (dim // heads) ** -0.5
     assert layer.heads == heads
     x, _ = inputs(dim, 3)
     q, k, v = layer.qkv(layer.norm(x)).view(3, 3, heads, dim // heads, 9).unbind(1)
-    weights = torch.einsum("nhdi,nhdj->nhij", q, k).mul((dim // heads) ** -0.5).softmax(-1)
-    out = torch.einsum("nhij,nhdj->nhdi", weights, v).reshape(3, dim, 3, 3)
-    torch.testing.assert_close(layer(x), x + layer.out(out), rtol=1e-4, atol=1e-5)
-
-
-def test_linear_attention_is_its_formula():
-    layer = randomise(modules.LinearAttention(64), scale=0.3)
-    x, _ = inputs(64, 3)
-    q, k, v = layer.qkv(layer.norm(x)).view(3, 3, 2, 32, 9).unbind(1)
-    q, k = q.softmax(2) * 32**-0.5, k.softmax(3)
-    out = torch.einsum("nhdi,nhdj,nhej->nhei", q, k, v).reshape(3, 64, 3, 3)
-    torch.testing.assert_close(layer(x), x + layer.out(out), rtol=1e-4, atol=1e-5)
+    if kind is modules.Attention:
+        out = torch.einsum("nhij,nhdj->nhdi", (torch.einsum("nhdi,nhdj->nhij", q, k) * scale).softmax(-1), v)
+    else:
+        out = torch.einsum("nhdi,nhdj,nhej->nhei", q.softmax(2) * scale, k.softmax(3), v)
+    torch.testing.assert_close(layer(x), x + layer.out(out.reshape(3, dim, 3, 3)), rtol=1e-4, atol=1e-5)
 
 
 def test_resnet_block_is_its_formula():
@@ -219,9 +179,6 @@ def test_resnet_block_is_its_formula():
     h = block.conv1(F.silu(F.group_norm(x, 1, block.norm1.weight, block.norm1.bias)))
     h = block.conv2(F.silu(F.group_norm(h, 1) * (1 + scale) + shift))
     torch.testing.assert_close(block(x, emb), h + block.skip(x), rtol=1e-4, atol=1e-5)
-
-
-# --- EMA ---
 
 
 class Weights(nn.Module):
@@ -258,11 +215,7 @@ def test_ema_is_the_geometric_average(beta, start):
     assert not any(p.requires_grad for p in average.parameters()) and model.a.requires_grad
 
 
-# --- all of it together ---
-
-
 def test_a_trained_model_draws_the_class_it_is_asked_for(tiny_data, tmp_path):
-    """The real training loop, for seconds, on images whose left or right half is bright."""
     config = tiny_config(steps=200, batch_size=32, lr=5e-3, ema_betas=[0.95], ema_start=20, p_uncond=0.15)
     config["diffusion"]["timesteps"] = 50
     config["model"] |= {"width": 32, "mults": [1]}

@@ -25,7 +25,6 @@ from utils import UserError, atomic_path, generator, image_grid, load_samples, s
         (UserError("first\nsecond"), 2, "first second"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), 2, "Permission denied: /etc/x"),
-        (MemoryError(), 2, "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), 2, "--batch-size"),
         (KeyboardInterrupt(), 130, "interrupted"),
@@ -43,7 +42,6 @@ def test_expected_errors_become_one_line(error, status, words, capsys):
     assert out == "" and err.count("\n") == bool(status) and words in err
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there a process is ended from outside without being asked")
 def test_a_request_to_terminate_leaves_nothing_half_written(tmp_path):
     def main():
         with utils.atomic_path(tmp_path / "x.txt"):
@@ -61,7 +59,6 @@ def test_a_request_to_terminate_leaves_nothing_half_written(tmp_path):
     [
         ("open", errno.EACCES, True),  # a folder that may be written but not read
         ("fsync", errno.EINVAL, True),
-        ("fsync", errno.ENOTSUP, True),
         ("fsync", errno.EIO, None),
     ],
 )
@@ -81,11 +78,6 @@ def test_systems_that_cannot_flush_go_on_with_a_notice(operation, error, said, t
     monkeypatch.undo()
     assert [path.read_text() for path in tmp_path.iterdir()] == (["whole"] if said else [])
     assert capsys.readouterr().err.count("power cut") == bool(said)
-
-
-def test_names_may_be_as_long_as_the_file_system_permits(tmp_path):
-    utils.write_json(tmp_path / ("ü" * 125 + ".json"), [])
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_every_script_starts_without_the_modules_that_only_unix_has():
@@ -115,6 +107,7 @@ def test_atomic_path_replaces_whole_files_only(tmp_path):
         temporary.write_text("half")
         1 / 0
     utils.check_writable(path)
+    utils.check_writable(path.with_name("ü" * 125 + ".json"))  # 255 bytes, as many as a name may have
     assert path.read_text() == "one" and os.listdir(path.parent) == ["run.txt"]
 
 
@@ -131,22 +124,11 @@ def test_atomic_path_reports_what_cannot_be_written(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "pipe"]
 
 
-def test_arguments_are_checked_in_one_line():
-    parser = utils.ArgumentParser()
-    parser.add_argument("--n", type=utils.positive, default=3, help="a count")
-    parser.add_argument("--lr", type=utils.number(float, 0, 1, above=True))
-    assert parser.parse_args(["--n", "2", "--lr", "1"]).lr == 1 and "(default: 3)" in parser.format_help()
-    for argv in (["--n", "0"], ["--n", "x"], ["--lr", "0"], ["--lr", "nan"], ["--lr", "2"], ["--what"]):
-        with pytest.raises(UserError, match="see --help"):
-            parser.parse_args(argv)
-
-
 # --- devices, seeds, number formats -------------------------------------------------------------------------------
 
 
 def test_devices():
     assert utils.pick_device("cpu").type == "cpu"
-    assert utils.pick_device().type in ("cpu", "cuda", "mps")
     for name in ("abacus", "cuda:99", "xla"):
         with pytest.raises(UserError, match="no device"):
             utils.pick_device(name)
@@ -210,10 +192,8 @@ def test_greys_and_up_to_256_colours_are_exact_in_gifs(palette, tmp_path):
 def test_rare_saturated_colours_survive_in_gifs(tmp_path):
     """Small squares of pure colours on a dull, noisy background. Pillow's own palette is wrong there by up to 151."""
     y, x = np.mgrid[:256, :256]
-    picture = np.stack([100 + x / 6, 90 + y / 5, 80 + (x + y) / 9], 2) + np.random.default_rng(0).normal(
-        0, 6, (256, 256, 1)
-    )
-    picture = picture.astype(np.uint8)
+    noise = np.random.default_rng(0).normal(0, 6, (256, 256, 1))
+    picture = (np.stack([100 + x / 6, 90 + y / 5, 80 + (x + y) / 9], 2) + noise).astype(np.uint8)
     for i in range(8):
         picture[20 + 25 * i : 26 + 25 * i, 20 + 25 * i : 26 + 25 * i] = [255 * (i >> bit & 1) for bit in range(3)]
     save_gif([255 - picture, picture], tmp_path / "x.gif")
@@ -270,8 +250,10 @@ def test_pictures_of_other_programs(tmp_path):
         Image.new("RGB", (8, 8), (100, 100, 100)).save(tmp_path / "grey" / name)
     images, labels = load_samples(tmp_path / "grey")
     assert images.shape == (2, 1, 8, 8) and labels == ["a", "b"]
-    with pytest.raises(UserError, match="must be of one size"):
-        load_samples(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for path, words in (("", "must be of one size"), ("empty", "it has no pictures"), ("x.npz", "no sample file")):
+        with pytest.raises(UserError, match=words):
+            load_samples(tmp_path / path)
 
 
 @pytest.mark.parametrize(
@@ -279,9 +261,7 @@ def test_pictures_of_other_programs(tmp_path):
     [
         ({"pictures": np.zeros((2, 4, 4, 1), np.uint8)}, "no array called images"),
         ({"images": np.zeros((2, 4, 4, 1))}, "uint8"),
-        ({"images": np.full((2, 4, 4, 1), np.nan)}, "uint8"),
         ({"images": np.ones((2, 4, 4, 1), np.uint8)}, "largest value is 1"),
-        ({"images": np.zeros((2, 4, 4), np.uint8)}, "N x H x W x C"),
         ({"images": np.zeros((0, 4, 4, 1), np.uint8)}, "N x H x W x C"),
         ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, "N x H x W x C"),
         ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(3, int)}, "labels"),
@@ -295,10 +275,3 @@ def test_sample_files_are_validated(arrays, words, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=words):
         load_samples("x.npz")
     assert not os.path.exists("pwned")
-
-
-def test_missing_sample_files(tmp_path):
-    with pytest.raises(UserError, match="no sample file"):
-        load_samples(tmp_path / "x.npz")
-    with pytest.raises(UserError, match="it has no pictures"):
-        load_samples(tmp_path)

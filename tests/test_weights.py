@@ -13,18 +13,10 @@ from conftest import Malicious, tiny_config
 from safetensors.torch import save_file
 from test_training import assert_same
 
-from modules import UNet_conditional
+from modules import UNet, UNet_conditional
 from training import Run, steps, train
 from utils import UserError
-from weights import (
-    find_checkpoint,
-    load_checkpoint,
-    load_state,
-    read_checkpoint,
-    save_checkpoint,
-    save_state,
-    select_weights,
-)
+from weights import find_checkpoint, load_checkpoint, load_state, read_checkpoint, save_checkpoint, save_state
 
 
 def test_each_kind_of_weights(finished):
@@ -38,8 +30,6 @@ def test_each_kind_of_weights(finished):
     weights = {kind: load_checkpoint(path, kind)[0].state_dict() for kind in (None, "ema", "ema_0.5")}
     assert_same(weights[None], weights["ema_0.5"])  # the run's first average is the default
     assert_same(weights["ema"], weights["ema_0.5"])
-    with pytest.raises(UserError, match="has no ema_0.7 weights, only ema_0.5, ema_0.9, raw"):
-        load_checkpoint(path, "ema_0.7")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -70,8 +60,8 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, tiny_data, save):
     ],
 )
 def test_mismatch_names_the_first_tensor(finished, tmp_path, model, change, message):
-    tensors, config = read_checkpoint(finished / "model.safetensors")
-    weights = select_weights(tensors, "raw", config) | change
+    _, config = read_checkpoint(finished / "model.safetensors")
+    weights = load_state(finished)[0]["model"] | change
     config["model"] |= model
     path = tmp_path / "x.safetensors"
     save_checkpoint(path, {"raw": {name: w for name, w in weights.items() if w is not None}}, config)
@@ -80,16 +70,14 @@ def test_mismatch_names_the_first_tensor(finished, tmp_path, model, change, mess
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-@pytest.mark.parametrize("content", [None, b"", b"hello\n", "truncated"])
-def test_damaged_checkpoints(finished, tmp_path, suffix, content):
+def test_missing_and_truncated_checkpoints(finished, tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
-    if content == "truncated":
-        torch.save({"outc.weight": torch.zeros(3, 8, 1, 1)}, path)
-        whole = path if suffix == ".pt" else finished / "model.safetensors"
-        content = whole.read_bytes()[: whole.stat().st_size // 2]
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match="no checkpoint at|is not a checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        load_checkpoint(path)
+    torch.save({"outc.weight": torch.zeros(3, 8, 1, 1)}, path)
+    whole = (path if suffix == ".pt" else finished / "model.safetensors").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="is not a checkpoint"):
         load_checkpoint(path)
 
 
@@ -99,12 +87,10 @@ def test_damaged_checkpoints(finished, tmp_path, suffix, content):
         lambda c: c.clear(),
         lambda c: c.update(model=3),
         lambda c: c["model"].update(name="os.system"),
-        lambda c: c["model"].update(colour=1),
         lambda c: c["diffusion"].update(schedule="steep"),
         lambda c: c["diffusion"].update(timesteps="many"),
         lambda c: c.pop("train"),
         lambda c: c["data"].update(image_size=9),
-        lambda c: c["data"].clear(),
         lambda c: c["train"].update(ema_betas=["x"]),
     ],
 )
@@ -123,10 +109,8 @@ def test_checkpoints_without_a_configuration(tmp_path, metadata):
         load_checkpoint(tmp_path / "x.safetensors")
 
 
-# --- what others wrote -----------------------------------------------------------------------------------------------
-
-
 COURSE = UNet_conditional(num_classes=3, channels=1, width=4).state_dict()
+UNCONDITIONAL = UNet(channels=1, width=4).state_dict()
 RENAMED = {f"module._orig_mod.{name}": w for name, w in COURSE.items()}
 
 
@@ -134,6 +118,7 @@ RENAMED = {f"module._orig_mod.{name}": w for name, w in COURSE.items()}
     "contents, kinds",
     [
         (COURSE, {"raw"}),
+        (UNCONDITIONAL, {"raw"}),
         (RENAMED, {"raw"}),
         ({"model": COURSE, "optimizer": {"state": {}}, "epoch": 3}, {"raw"}),
         ({"state_dict": {f"net.{name}": w for name, w in COURSE.items()} | {"step": 5}}, {"raw"}),
@@ -145,8 +130,10 @@ def test_the_courses_weights_in_usual_wrappings(contents, kinds, tmp_path):
     torch.save(contents, tmp_path / "x.pt")
     tensors, _ = read_checkpoint(tmp_path / "x.pt")
     assert {name.split("/")[0] for name in tensors} == kinds
-    model, _, config = load_checkpoint(tmp_path / "x.pt", image_size=16)
-    assert all(torch.equal(w, COURSE[name]) for name, w in model.state_dict().items())
+    model, diffusion, config = load_checkpoint(tmp_path / "x.pt", image_size=16)
+    expected = UNCONDITIONAL if contents is UNCONDITIONAL else COURSE
+    assert_same(dict(model.state_dict()), dict(expected))
+    assert (diffusion.timesteps, diffusion.schedule, model.training) == (1000, "linear", False)
     assert config["data"]["image_size"] == 16 and config["weights"] == ("ema" if "ema" in kinds else "raw")
 
 
@@ -162,7 +149,6 @@ def zip_archive(path):
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "a Git LFS pointer"),
         (lambda path: path.write_bytes(gzip.compress(b"weights")), "a gzip archive: unpack it"),
         (zip_archive, "a zip archive: unpack it"),
-        (lambda path: path.write_bytes(b""), "empty"),
         (lambda path: torch.save(torch.nn.Linear(2, 2), path), "a whole model or other Python objects"),
         (lambda path: path.write_bytes(pickle.dumps(Path("x"))), "a pickle of more than weights"),
         (lambda path: path.write_bytes(b"\xff\xd8\xff picture"), "something else"),
@@ -179,18 +165,12 @@ def test_what_is_no_checkpoint_is_named(write, words, tmp_path):
     assert words in str(refusal.value) and "weights_only" not in str(refusal.value)
 
 
-# --- runs that are not finished, and new runs from old weights -------------------------------------------------------
-
-
 def test_the_newest_weights_of_a_folder(finished, tiny_data, tmp_path):
     assert find_checkpoint(finished) == finished / "model.safetensors"
     older, newest = sorted(finished.glob("state_*.pt"))
     (tmp_path / older.name).write_bytes(older.read_bytes())
     (tmp_path / newest.name).write_bytes(b"damaged")
     assert find_checkpoint(tmp_path) == tmp_path / older.name
-    tensors, config = read_checkpoint(tmp_path)
-    assert config["train"]["steps"] == load_state(tmp_path)[0]["step"] == 0
-    assert {name.split("/")[0] for name in tensors} == {"raw", "ema_0.5", "ema_0.9"}
     (tmp_path / older.name).unlink()
     with pytest.raises(UserError, match="the folder holds no run"):
         find_checkpoint(tmp_path)
@@ -203,8 +183,8 @@ def test_the_newest_weights_of_a_folder(finished, tiny_data, tmp_path):
 
 
 def test_init_without_raw_weights_and_with_other_classes(finished, tiny_data, tmp_path, capsys):
-    tensors, config = read_checkpoint(finished)
-    average = select_weights(tensors, "ema_0.9", config)
+    _, config = read_checkpoint(finished)
+    average = load_state(finished)[0]["emas"]["ema_0.9"]
     save_checkpoint(tmp_path / "x.safetensors", {"ema_0.9": average}, config)
     other = tiny_config()
     other["model"]["num_classes"] = 3
