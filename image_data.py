@@ -14,8 +14,8 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -526,10 +526,13 @@ def _load_images(root: Path, names: list[str], side: int) -> tuple[np.ndarray, d
     record = np.dtype([("reason", "S100"), ("pixels", "u1", (side, side, 3))])
 
     def decode_all() -> Iterator[bytes]:
-        with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes outside of Python's lock
-            results = pool.imap(lambda name: decode_image(root / name, side), names)
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # PIL decodes outside of Python's lock
+        try:
+            results = pool.map(lambda name: decode_image(root / name, side), names)
             for x in progress(results, total=len(names), desc=f"decoding {root.name}", unit="image"):
                 yield np.array((x.encode(), 0) if isinstance(x, str) else (b"", x), record).tobytes()
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all the others
 
     facts = [(name, status.st_size, status.st_mtime_ns) for name, status in _file_facts(root, names)]
     key = repr((os.fsencode(root), side, ".heic" in image_suffixes(), facts))

@@ -47,12 +47,12 @@ def results_table():
         q = read_result(path.stem)
         rows.append(quality_row(f"`{q['checkpoint']}`", q))
     for path in sorted(RESULTS.glob("sweep_*.json")):
-        sweep = averaged(read_result(path.stem))
-        best = min(sweep, key=distance)
-        for row in sweep:
-            if row["cfg_scale"] == 1 or row is best:
-                guidance = "no guidance" if row["cfg_scale"] == 1 else f"`--cfg-scale {row['cfg_scale']:g}`"
-                rows.append(quality_row(guidance, row["quality"]))
+        sweep, inside = averaged(read_result(path.stem)), averaged(read_result(path.stem.replace("sweep", "intervals")))
+        unguided = [row for row in sweep if row["cfg_scale"] == 1]
+        for row in unguided + [min(measured, key=distance) for measured in (sweep, inside) if measured]:
+            interval = f" --cfg-interval {' '.join(map(str, row['cfg_interval']))}" if row.get("cfg_interval") else ""
+            guidance = f"`--cfg-scale {row['cfg_scale']:g}{interval}`" if row["cfg_scale"] != 1 else "no guidance"
+            rows.append(quality_row(guidance, row["quality"]))
     return table(["model", "Fréchet distance", "floor", "label agreement"], rows)
 
 
@@ -129,12 +129,23 @@ def checkpoints_table():
     return table(["file", "data", "diffusion", "images seen", "seed", "weights", "size", "Fréchet"], rows)
 
 
+def trials_table():
+    """What was tried before the long trainings, in equal minutes, whether it paid or not."""
+    rows = [
+        [DATASETS[r["data"]].title, r["what"], str(r["seed"]), f"{r['cpu_minutes']:.1f}", f"{r['steps']}"]
+        + [f"{r['frechet_distance']:.2f} ± {r['standard_error']:.2f}"]
+        for r in read_result("trials")["rows"]
+    ]
+    return table(["data", "what", "seed", "minutes", "steps", "Fréchet"], rows)
+
+
 TABLES = {
     "results": results_table,
     "speed": speed_table,
     "samplers": samplers_table,
     "reliability": reliability_list,
     "checkpoints": checkpoints_table,
+    "trials": trials_table,
 }
 
 
