@@ -26,7 +26,7 @@ from pathlib import Path
 import requests
 
 import utils
-from image_data import DATASETS, DataSet, files_below, is_image, load_data
+from image_data import DATASETS, DataSet, is_image, load_data
 from utils import ArgumentParser, UserError, command_line, progress, say
 from weights import load_checkpoint
 
@@ -83,7 +83,7 @@ def get_data(name: str, given: Path | None) -> None:
 
 def arrange(source: Path, images: Path, name: str) -> None:
     """Bring `source` into a layout that is read: MNIST's files, CIFAR-10's batches, or folders of images."""
-    row, files = DATASETS[name], [source / file for file in files_below(source)]
+    row, files = DATASETS[name], [file for file in source.rglob("*") if file.is_file()]
     batches = [file.parent for file in files if file.name == "data_batch_1"]
     if row.classes:
         images.mkdir()
@@ -96,7 +96,8 @@ def arrange(source: Path, images: Path, name: str) -> None:
         images.mkdir()
         batches[0].rename(images / "cifar-10-batches-py")
     else:
-        found = Path(os.path.commonpath([file.parent for file in files if is_image(file)] or [source]))
+        shown = [file for file in files if not re.search(r"(^|/)(\.|__MACOSX)", file.relative_to(source).as_posix())]
+        found = Path(os.path.commonpath([file.parent for file in shown if is_image(file)] or [source]))
         if row.flat and not any(entry.is_dir() for entry in found.iterdir()):
             images.mkdir()
             images /= name  # one class, called after the data set

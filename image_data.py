@@ -492,12 +492,25 @@ def _read_rgb(path: Path, side: int) -> Image.Image:
                     ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
     except (SyntaxError, ValueError, UnidentifiedImageError) as error:
-        # Pillow refuses a PNG or JPEG for some damages of its metadata: torchvision reads the pixels only, all or none
-        try:
-            pixels = torchvision.io.decode_image(str(path), "RGB")
-        except RuntimeError:
-            raise error
+        try:  # Pillow refuses a PNG or JPEG for some damages of its metadata
+            return without_metadata(path.read_bytes())
+        except Exception:
+            raise error from None
+
+
+def without_metadata(content: bytes) -> Image.Image:
+    """A PNG or JPEG read for its pixels alone. (A PNG not by torchvision, whose decoder crashes on some damages.)"""
+    if content[:4] != b"\x89PNG":
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        pixels = torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    kept, start = [content[:8]], 8
+    while start < len(content):  # a part is its length (4 bytes), its name (4), the data and a checksum (4)
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        if content[start + 4 : start + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(content[start:end])
+        start = end
+    return to_rgb(Image.open(io.BytesIO(b"".join(kept))))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -575,3 +575,12 @@ def test_a_whole_image_is_resized_as_torchvision_does():
     data = make_data(images, crop=True, flip=True, image_size=64)
     expected = v2.functional.resize(images, [64, 64], antialias=True)
     assert (utils.to_uint8(augment(data, torch.arange(2))).int() - expected.int()).abs().max() <= 1
+
+
+def test_a_png_on_which_torchvision_crashes_is_left_out(tmp_path):
+    png = (
+        "89504e470d0a1a0a0000000d494844520000000a0000000a0802000000025058ea0000002149444154789c6364606462c60d58e4e4e486"
+    )
+    png += "a534e3878f9ff049f3f108a2e9b539b8ab130be091060073ff08c36ca4ef8c0000000049454e44ae426082"
+    (tmp_path / "x.png").write_bytes(bytes.fromhex(png))
+    assert image_data.decode_image(tmp_path / "x.png", 8) == "damaged"
