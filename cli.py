@@ -167,6 +167,9 @@ def make_config(args, data):
     steps = max(1, round((args.epochs or EPOCHS) * len(data) / batch_size))
     if own and not args.epochs:
         steps = max(steps, OWN_STEPS)
+    init = None
+    if start:  # what the run remembers of it, with the number of images that it had seen
+        init = weights.describe_checkpoint(args.init) | {"images": weights.images_seen(start["train"])}
     return {
         "model": make_model(args, data, start),
         "diffusion": diffusion,
@@ -180,9 +183,7 @@ def make_config(args, data):
             "steps": None if args.minutes else steps,
             "batch_size": batch_size,
             "ema_start": (0 if start else training.DEFAULTS["ema_start"]) if args.ema_start is None else args.ema_start,
-            "init": weights.describe_checkpoint(args.init) | {"images": weights.images_seen(start["train"])}
-            if start
-            else None,
+            "init": init,
         },
     }
 
@@ -288,10 +289,8 @@ def run_sample(args):
     with utils.autocast(device):
         if suffix == ".gif":
             eps_model = guided(model, labels, **guidance)
-            x_ts, count = (
-                diffusion.trajectory(eps_model, shape, range(args.n), x_T=x_T, **options),
-                options["steps"] + 1,
-            )
+            x_ts = diffusion.trajectory(eps_model, shape, range(args.n), x_T=x_T, **options)
+            count = options["steps"] + 1  # with the noise that it starts from
             bar = utils.progress(x_ts, total=count, unit="step", desc="sampling")
             save_denoising_gif((utils.to_uint8(x).cpu() for x in bar), count, args.out, columns)
         else:

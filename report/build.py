@@ -119,7 +119,7 @@ def build_pdf(lastname, out=None, allow_missing=True):
     if not re.fullmatch(r"[^\W_][\w' -]*", lastname):
         raise UserError(f"LASTNAME={lastname!r} cannot be part of a file name: use letters")
     shown = set(re.findall(r'picture\("(\w+)"', "".join(path.read_text() for path in REPORT.glob("*.typ"))))
-    missing = sorted(shown - available()["figures"].keys())
+    missing = sorted(shown - {path.stem for path in FIGURES.glob("*.json")})
     if missing and not allow_missing:
         todo = "run `python report/build.py notebooks`, or go on without them by --allow-missing"
         raise UserError(f"{len(missing)} figures are not drawn yet ({', '.join(missing)}): {todo}")
