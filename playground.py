@@ -16,19 +16,26 @@ from PIL import Image, ImageDraw, ImageFont
 import figures
 from ddpm import SAMPLERS
 from ddpm_conditional import guided
-from image_data import DATASETS
 from weights import image_shape, load_checkpoint
 
 SCALES = [("none", 0.0), *((f"{scale:g}", scale) for scale in (1.5, 2.0, 3.0, 5.0, 7.5))]
 NAMES_WIDTH, HEIGHT = 150, 540  # pixels: of the rows' names, of the picture whichever model is drawn
 
 
+# name: its title, its checkpoint, and the kinds of weights that this holds
+PUBLISHED = {
+    "fashion_mnist": ("Fashion-MNIST", "fashion_mnist_conditional", ("raw", "ema")),
+    "cifar10": ("CIFAR-10", "cifar10_conditional", ("raw", "ema")),
+    "cifar10_long": ("CIFAR-10, trained longer", "cifar10_conditional_long", ("ema",)),
+}
+
+
 def choices():
     """{name: (title, {"raw": path, "ema": path}, class names)} of the conditional models that are there."""
     found = {}
-    for name in ("fashion_mnist", "cifar10"):
-        for path in figures.shipped(f"{name}_conditional"):
-            found[name] = DATASETS[name].title, {"raw": path, "ema": path}, load(path, "ema")[2]["data"]["classes"]
+    for name, (title, stem, kinds) in PUBLISHED.items():
+        for path in figures.shipped(stem):
+            found[name] = title, dict.fromkeys(kinds, path), load(path, "ema")[2]["data"]["classes"]
     raw, ema = (figures.CHECKPOINTS / f"{name}.pt" for name in ("conditional_ckpt", "conditional_ema_ckpt"))
     if raw.is_file() and ema.is_file():
         classes = found["cifar10"][2] if "cifar10" in found else list(map(str, range(10)))
@@ -94,13 +101,16 @@ def show():
     status, image = widgets.Label(), widgets.Image(format="png", width=figures.PAGE_WIDTH, height=HEIGHT)
     latest, waiting = {}, []
 
-    def name_classes(_=None):
-        label.options = [(name, i) for i, name in enumerate(models[data.value][2])]
+    def use_model(_=None):
+        _, files, classes = models[data.value]
+        label.options = [(name, i) for i, name in enumerate(classes)]
+        ema.disabled = "raw" not in files
 
     def redraw():
         try:
-            weights = "ema" if ema.value else "raw"
-            model, diffusion, config = load(models[data.value][1][weights], weights)
+            files = models[data.value][1]
+            weights = "ema" if ema.value or ema.disabled else "raw"
+            model, diffusion, config = load(files[weights], weights)
             guidance, start = (label.value, scale.value, interval.value), time.perf_counter()
             options = {"sampler": sampler.value, "steps": steps.value, "seed": seed.value}
             latest["drawing"] = draw(model, diffusion, image_shape(model, config), *guidance, **options)
@@ -121,8 +131,8 @@ def show():
         if latest:
             image.value = figures.png(picture(latest["drawing"], walk.value))
 
-    name_classes()
-    data.observe(name_classes, "value")
+    use_model()
+    data.observe(use_model, "value")
     for control in data, label, scale, interval, sampler, steps, ema, seed:
         control.observe(ask, "value")
     surprise.on_click(lambda _: label.set_trait("index", random.randrange(len(label.options))))

@@ -22,9 +22,10 @@ def distance(row):
     return row["quality"]["frechet_distance"]
 
 
-def averaged(sweep):
-    """The rows of a sweep's result that are about averaged weights; of no result, none."""
-    return [row for row in sweep["rows"] if row["weights"] == "ema"] if sweep else []
+def guided_rows(name):
+    """What is measured of a conditional model's averaged weights: guided at all noise levels, and in an interval."""
+    results = [read_result(f"{kind}_{name}") for kind in ("sweep", "plain", "intervals")]
+    return [row for result in results if result for row in result["rows"] if row["weights"] == "ema"]
 
 
 def quality_row(model, q):
@@ -32,7 +33,7 @@ def quality_row(model, q):
     own = q["features"]["name"] == q["data"]  # another data set's floor says nothing about this one
     curve = read_result(f"sanity_{q['data']}")["curve"] if own else []
     floor = next((f"{point['mean']:.3f}" for point in curve if point["count"] == q["samples"]), "")
-    agreement = f"{q['labels']['agreement']:.1%}" if "labels" in q else ""
+    agreement = f"{q['labels']['agreement'] + 1e-9:.1%}" if "labels" in q else ""  # halves go up, as in the report
     return [f"{DATASETS[q['data']].title}, {model}", f"{q['frechet_distance']:.3f}", floor, agreement]
 
 
@@ -46,13 +47,15 @@ def results_table():
     for path in sorted(RESULTS.glob("samples_*.json")):
         q = read_result(path.stem)
         rows.append(quality_row(f"`{q['checkpoint']}`", q))
-    for path in sorted(RESULTS.glob("sweep_*.json")):
-        sweep, inside = averaged(read_result(path.stem)), averaged(read_result(path.stem.replace("sweep", "intervals")))
-        unguided = [row for row in sweep if row["cfg_scale"] == 1]
-        for row in unguided + [min(measured, key=distance) for measured in (sweep, inside) if measured]:
-            interval = f" --cfg-interval {' '.join(map(str, row['cfg_interval']))}" if row.get("cfg_interval") else ""
+    for name, longer in (("cifar10", ""), ("cifar10_long", "trained longer, "), ("fashion_mnist", "")):
+        measured = guided_rows(name)
+        unguided = [row for row in measured if row["cfg_scale"] == 1]
+        inside = [row for row in measured if row.get("cfg_interval")]
+        plain = [row for row in measured if row not in inside]
+        for row in unguided + [min(some, key=distance) for some in (plain, inside) if some]:
+            interval = f" --cfg-interval {' '.join(map(str, row['cfg_interval']))}" if row in inside else ""
             guidance = f"`--cfg-scale {row['cfg_scale']:g}{interval}`" if row["cfg_scale"] != 1 else "no guidance"
-            rows.append(quality_row(guidance, row["quality"]))
+            rows.append(quality_row(longer + guidance, row["quality"]))
     return table(["model", "Fréchet distance", "floor", "label agreement"], rows)
 
 
@@ -98,13 +101,14 @@ def reliability_list():
   {survived} times nothing was lost or left half written.
 - `{fuzz["command"]}`: {fuzz["cases"]:,} commands with odd flags or damaged files.
   {fuzz["refused_with_one_line"]:,} were refused with one clear line;
-  {fuzz["tracebacks_hangs_half_written_or_outside"]} ended in a traceback, a hang or a half-written file."""
+  {fuzz["accepted"]} made sense and ran; {fuzz["tracebacks_hangs_half_written_or_outside"]} ended in a traceback, a hang
+  or a half-written file."""
 
 
 def measured(stem):
     """What is known of a checkpoint's samples: by themselves, or with the best guidance; None where nothing is."""
     rows = [row for row in read_result("grid")["runs"] if f"grid_{row['name']}" == stem]
-    rows = rows or averaged(read_result(f"sweep_{stem.removesuffix('_conditional')}"))
+    rows = rows or guided_rows(stem.replace("_conditional", ""))
     return read_result(f"samples_{stem}") or (min(rows, key=distance)["quality"] if rows else None)
 
 
