@@ -35,9 +35,11 @@ SCHEDULE_STYLE = {
     "sigmoid": {"color": PURPLE, "linestyle": ":"},
 }
 OBJECTIVE_STYLE = {"simple": {"color": BLUE, "linestyle": "-"}, "vlb": {"color": ORANGE, "linestyle": "--"}}
-WEIGHTS_STYLE = {
+GUIDANCE_STYLE = {
     "raw": {"color": "0.55", "linestyle": "-", "marker": "o"},
     "ema": {"color": "black", "linestyle": "--", "marker": "s"},
+    "ema, trained longer": {"color": BLUE, "linestyle": "-.", "marker": "^"},
+    "ema, middle levels only": {"color": VERMILLION, "linestyle": ":", "marker": "D"},
 }
 
 TEXT_WIDTH = 6.7  # inches, on A4
@@ -174,25 +176,24 @@ def plot_schedules(axes, curve, timesteps=1000, schedules=SCHEDULES, **labels):
 
 
 def frontier(sweeps):
-    """{data set: rows of its sweep} -> what guidance buys and costs, a curve each for raw and averaged weights.
+    """{data set: {a key of GUIDANCE_STYLE: rows of a sweep}} -> what guidance buys and costs, a curve for each key.
 
-    Points are guidance scales. Two kinds of weights can be compared at equal label agreement: above one another.
+    Points are guidance scales. Two curves can be compared at equal label agreement: above one another.
     """
     fig, axes = subplots(len(sweeps), 2, height=1.95 * len(sweeps), squeeze=False)
-    for (left, right), (name, rows) in zip(axes, sweeps.items(), strict=True):
+    for (left, right), (name, curves) in zip(axes, sweeps.items(), strict=True):
         for axis, label, measure in ((left, "Fréchet distance", "frechet_distance"), (right, "recall", "recall")):
-            for weights, style in WEIGHTS_STYLE.items():
-                curve = [row for row in rows if row["weights"] == weights and not row.get("cfg_interval")]
-                quality = {row["cfg_scale"]: row["quality"] for row in curve}
+            for kind, rows in curves.items():
+                quality = {row["cfg_scale"]: row["quality"] for row in rows}
                 points = {scale: (100 * q["labels"]["agreement"], q[measure]) for scale, q in sorted(quality.items())}
-                axis.plot(*zip(*points.values(), strict=True), label=weights, **style)
-                shift = (-6, 5 if weights == "raw" else -10)
+                axis.plot(*zip(*points.values(), strict=True), label=kind, **GUIDANCE_STYLE[kind])
+                shift = (-6, 5 if kind == "raw" else -10)
                 for scale in sorted({1, 2, 3} & points.keys()):
                     axis.annotate(f"{scale:g}", points[scale], shift, textcoords="offset points", ha="center", size=7.5)
             axis.margins(0.06, 0.14)
             axis.set(xlabel="label agreement, %", ylabel=label, title=DATASETS[name].title)
         ticks = [0.05, 0.1, 0.2, 0.5, 1, 2]
-        distances = [row["quality"]["frechet_distance"] for row in rows]
+        distances = [row["quality"]["frechet_distance"] for rows in curves.values() for row in rows]
         limits = (0.75 * min(distances), 1.3 * max(distances))
         left.set(yscale="log", yticks=ticks, yticklabels=ticks, ylim=limits)
         left.minorticks_off()

@@ -44,15 +44,16 @@ def results_table():
     for which, row in (("best", grid[0]), ("worst", grid[-1])):
         experiment = row["name"].replace("_", ", ")
         rows.append(quality_row(f"the {which} of {len(grid)} experiments: {experiment}", row["quality"]))
-    for path in sorted(RESULTS.glob("samples_*.json")):
-        q = read_result(path.stem)
+    for name in ("fashion_mnist", "fashion_mnist_conditional_20_epochs", "landscapes"):
+        q = read_result(f"samples_{name}")
         rows.append(quality_row(f"`{q['checkpoint']}`", q))
     for name, longer in (("cifar10", ""), ("cifar10_long", "trained longer, "), ("fashion_mnist", "")):
         measured = guided_rows(name)
         unguided = [row for row in measured if row["cfg_scale"] == 1]
         inside = [row for row in measured if row.get("cfg_interval")]
         plain = [row for row in measured if row not in inside]
-        for row in unguided + [min(some, key=distance) for some in (plain, inside) if some]:
+        kinds = [inside] if longer else [unguided, plain, inside]
+        for row in [min(some, key=distance) for some in kinds if some]:
             interval = f" --cfg-interval {' '.join(map(str, row['cfg_interval']))}" if row in inside else ""
             guidance = f"`--cfg-scale {row['cfg_scale']:g}{interval}`" if row["cfg_scale"] != 1 else "no guidance"
             rows.append(quality_row(longer + guidance, row["quality"]))
