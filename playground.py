@@ -88,8 +88,10 @@ def show():
     models = choices()
     wide = {"style": {"description_width": "90px"}, "layout": {"width": "460px"}}
     lazy = wide | {"continuous_update": False}
-    data = widgets.ToggleButtons(options=[(title, name) for name, (title, *_) in models.items()], description="model")
-    label = widgets.ToggleButtons(options=[("", 0)], description="class", style={"button_width": "auto"})
+    narrow = {"style": {"button_width": "auto"}}
+    titles = [(title, name) for name, (title, *_) in models.items()]
+    data = widgets.ToggleButtons(options=titles, description="model", **narrow)
+    label = widgets.ToggleButtons(options=[("", 0)], description="class", **narrow)
     scale = widgets.SelectionSlider(options=SCALES, value=3.0, description="guidance", **lazy)
     interval = widgets.IntRangeSlider(value=(0, 999), min=0, max=999, description="guided for t", **lazy)
     sampler = widgets.ToggleButtons(options=list(SAMPLERS), value="dpm", description="sampler")
