@@ -188,8 +188,9 @@ natural = number(int, 0, 2**63 - 1)  # a seed
 
 def progress(iterable=None, **settings):
     """A tqdm bar that adapts to the terminal's width and does not flood a log file."""
-    interval = 0.2 if sys.stderr.isatty() else 5
-    return tqdm(iterable, dynamic_ncols=True, mininterval=interval, **settings)
+    notebook = "ipykernel" in sys.modules  # which shows errors on a red ground, and so stderr
+    interval = 0.2 if sys.stderr.isatty() or notebook else 5
+    return tqdm(iterable, dynamic_ncols=True, mininterval=interval, file=sys.stdout if notebook else None, **settings)
 
 
 # --- devices, seeds, number formats -------------------------------------------------------------------------------

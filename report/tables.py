@@ -7,7 +7,7 @@ measured number in those files is typed by hand, and a test can tell when one is
 import re
 
 from ddpm_unconditional import GRID
-from figures import CHECKPOINTS, RESULTS, read_result
+from figures import CHECKPOINTS, read_result
 from image_data import DATASETS
 from utils import ROOT, UserError
 from weights import images_seen, read_checkpoint
