@@ -98,6 +98,12 @@ def read_result(name):
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def guided_rows(name):
+    """What is measured of a conditional model's averaged weights: guided at all noise levels, and in an interval."""
+    results = [read_result(f"{kind}_{name}") for kind in ("sweep", "plain", "intervals")]
+    return [row for result in results if result for row in result["rows"] if row["weights"] == "ema"]
+
+
 def shipped(*names):
     """Those of the named checkpoints that are in checkpoints/, in order; says so where none of them is."""
     paths = [path for name in names if (path := CHECKPOINTS / f"{name}.safetensors").is_file()]

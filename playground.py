@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 import figures
 from ddpm import SAMPLERS
 from ddpm_conditional import guided
+from image_data import DATASETS
 from weights import image_shape, load_checkpoint
 
 SCALES = [("none", 0.0), *((f"{scale:g}", scale) for scale in (1.5, 2.0, 3.0, 5.0, 7.5))]
@@ -24,9 +25,9 @@ NAMES_WIDTH, HEIGHT = 150, 540  # pixels: of the rows' names, of the picture whi
 
 # name: its title, its checkpoint, and the kinds of weights that this holds
 PUBLISHED = {
-    "fashion_mnist": ("Fashion-MNIST", "fashion_mnist_conditional", ("raw", "ema")),
-    "cifar10": ("CIFAR-10", "cifar10_conditional", ("raw", "ema")),
-    "cifar10_long": ("CIFAR-10, trained longer", "cifar10_conditional_long", ("ema",)),
+    "fashion_mnist": (DATASETS["fashion_mnist"].title, "fashion_mnist_conditional", ("raw", "ema")),
+    "cifar10": (DATASETS["cifar10"].title, "cifar10_conditional", ("raw", "ema")),
+    "cifar10_long": (f"{DATASETS['cifar10'].title}, trained longer", "cifar10_conditional_long", ("ema",)),
 }
 
 

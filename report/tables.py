@@ -7,7 +7,7 @@ measured number in those files is typed by hand, and a test can tell when one is
 import re
 
 from ddpm_unconditional import GRID
-from figures import CHECKPOINTS, read_result
+from figures import CHECKPOINTS, guided_rows, read_result
 from image_data import DATASETS
 from utils import ROOT, UserError
 from weights import images_seen, read_checkpoint
@@ -20,12 +20,6 @@ def table(header, rows):
 
 def distance(row):
     return row["quality"]["frechet_distance"]
-
-
-def guided_rows(name):
-    """What is measured of a conditional model's averaged weights: guided at all noise levels, and in an interval."""
-    results = [read_result(f"{kind}_{name}") for kind in ("sweep", "plain", "intervals")]
-    return [row for result in results if result for row in result["rows"] if row["weights"] == "ema"]
 
 
 def quality_row(model, q):
@@ -51,10 +45,10 @@ def results_table():
         measured = guided_rows(name)
         unguided = [row for row in measured if row["cfg_scale"] == 1]
         inside = [row for row in measured if row.get("cfg_interval")]
-        plain = [row for row in measured if row not in inside]
+        plain = [row for row in measured if not row.get("cfg_interval")]
         kinds = [inside] if longer else [unguided, plain, inside]
         for row in [min(some, key=distance) for some in kinds if some]:
-            interval = f" --cfg-interval {' '.join(map(str, row['cfg_interval']))}" if row in inside else ""
+            interval = f" --cfg-interval {' '.join(map(str, row['cfg_interval']))}" if row.get("cfg_interval") else ""
             guidance = f"`--cfg-scale {row['cfg_scale']:g}{interval}`" if row["cfg_scale"] != 1 else "no guidance"
             rows.append(quality_row(longer + guidance, row["quality"]))
     return table(["model", "Fréchet distance", "floor", "label agreement"], rows)

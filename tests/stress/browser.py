@@ -90,7 +90,7 @@ def run_all(page, address, timeout):
             raise TimeoutError(f"{address} is not done after {timeout} s")
         page.wait_for_timeout(500)
         rested = rested + 1 if idle.is_visible() else 0
-    return time.monotonic() - started - 4
+    return time.monotonic() - started - 4  # the rest that was waited for
 
 
 def check(what, true):
