@@ -299,6 +299,7 @@ def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, refused):
         (folder / "ema.safetensors").write_bytes(name.encode())
         measured.append(name)
         result = {"name": name, "schedule": config["diffusion"]["schedule"], "config": config, "sampler": {"n": n}}
+        result["sha256"] = "0"
         utils.write_json(folder / "result.json", result)
 
     monkeypatch.setattr(ddpm_unconditional, "measure", measure)
@@ -307,22 +308,24 @@ def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, refused):
     published = tmp_path / "report/results/grid.json"
     utils.write_json(published, {"runs": [{"name": "sigmoid_l1"}, {"name": "cosine_l2", "old": True}]})
     flags = ["grid", "--out", tmp_path / "grid", "--data", idx_folder, *TINY, "--publish"]
-    for only in (["cosine_l2"], ["linear_l1", "cosine_l2"], ["cosine_l2"]):
+    for only in (["cosine_l2"], ["linear_l1", "cosine_l2"], ["linear_l1_seed1"]):
         run(ddpm_unconditional.main, *flags, "--only", *only)
     runs = json.loads(published.read_text())["runs"]
     _, config = read_checkpoint(tmp_path / "grid/cosine_l2/model.safetensors")
-    assert config["model"] == {"name": "PatchUNet", "channels": 1, "width": 8}  # as published, not as `train` does
+    shape = ddpm_unconditional.SHAPE | {"width": 8}
+    assert config["model"] == {"name": "PatchUNet", "channels": 1} | shape  # one network for all of Point 1
     rows = {row["name"]: row.get("schedule") for row in runs}
-    assert rows == {"linear_l1": "linear", "sigmoid_l1": None, "cosine_l2": "cosine"}
+    assert rows == {"linear_l1": "linear", "sigmoid_l1": None, "cosine_l2": "cosine", "linear_l1_seed1": "linear"}
+    assert [row["name"] for row in runs if "sha256_not_shipped" in row] == ["linear_l1_seed1"]
     assert json.loads(published.read_text())["command"].endswith(f"--only {' '.join(rows)}")
     written = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert written == {"grid_linear_l1.safetensors", "grid_cosine_l2.safetensors"}
-    assert measured == ["cosine_l2", "linear_l1"]
+    assert measured == ["cosine_l2", "linear_l1", "linear_l1_seed1"]
     flags += ["--only", "cosine_l2"]
     assert "started with lr = " in refused(ddpm_unconditional.main, *flags, "--lr", 0.5)
     run(ddpm_unconditional.main, *flags, "--n", 9)
     run(ddpm_unconditional.main, *flags, "--n", 9, "--epochs", 2)  # longer: it goes on, and is measured again
-    assert measured == ["cosine_l2", "linear_l1", "cosine_l2", "cosine_l2"]
+    assert measured == ["cosine_l2", "linear_l1", "linear_l1_seed1", "cosine_l2", "cosine_l2"]
 
 
 def test_an_experiment_is_measured_on_all_classes():
@@ -580,8 +583,8 @@ def test_bad_publish(flags, message, runs, tmp_path, refused, monkeypatch):
     "flags, message",
     [
         (["--only", "cosine_l4"], "invalid choice: 'cosine_l4'"),
-        (["--only", "linear_l2_10_epochs", "--loss", "l1"], "linear_l2_10_epochs has its own --loss"),
-        (["--only", "linear_l2_10_epochs", "--minutes", 5], "has its own --epochs"),
+        (["--only", "linear_l2_9_epochs", "--loss", "l1"], "linear_l2_9_epochs has its own --loss"),
+        (["--only", "linear_l2_9_epochs", "--minutes", 5], "has its own --epochs"),
         (["--only", "linear_l2_seed1", "--seed", 3], "has its own --seed, 1"),
         (["--only", "linear_l2_flip", "--no-flip"], "has its own --flip"),
         (["--timesteps", 50], "--timesteps must be at least"),
