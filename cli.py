@@ -106,8 +106,7 @@ def add_sample_flags(parser, conditional):
     add("--clip", action=argparse.BooleanOptionalAction, default=True, help="keep the predicted x0 within [-1, 1]")
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged or raw weights (default: averaged if there are)")
     if conditional:
-        labels = "all, none, or classes by name or number, such as cat,dog or 0,1; --n is spread over them"
-        add("--labels", default="all", help=labels)
+        add("--labels", default="all", help="all, none, or classes by name or number, such as cat,dog or 0,1, in turn")
         add("--cfg-scale", type=number(float, 0), default=0.0, help="guidance: 0 (or 1) none")
         add("--cfg-interval", type=natural, nargs=2, metavar=("LOW", "HIGH"), help="guide where LOW <= t <= HIGH only")
     add("--start-from", type=Path, metavar="IMAGE", help="begin with this image, noised, instead of with noise alone")
@@ -216,7 +215,7 @@ def parse_labels(text, n, num_classes, classes=()):
             raise UserError("this checkpoint has no classes: leave --labels out")
         return None
     numbers = {str(i): i for i in range(num_classes)}
-    names = {name: i for i, name in enumerate(classes or numbers)}
+    names = dict(zip(classes or numbers, range(num_classes)))
     known = numbers | {name.casefold(): i for name, i in names.items()} | names
     words = [text] if text in names else [word.strip() for word in text.split(",")]  # a name may have commas
     chosen = list(numbers.values()) if text == "all" else [known.get(w, known.get(w.casefold())) for w in words]
