@@ -283,7 +283,8 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
             if any(gather(stop_requested(), run.world)):
                 folder.save(run)
                 gather(None, run.world)  # torchrun ends all processes once one has left: not in the middle of the save
-                raise KeyboardInterrupt(f"stopped at step {run.step}; the command with --resume goes on from there")
+                stopped = f"stopped at step {run.step}"
+                raise KeyboardInterrupt(f"{stopped}; the same command with --resume goes on from there")
             if folder.save_is_due():
                 folder.save(run)
     folder.finish(run)
@@ -387,10 +388,10 @@ def locked(folder):
         raise UserError(f"another process is training in {folder}: wait for it, or use another --out") from error
     except (OSError, NotImplementedError, UserWarning):  # as on Lustre, VirtualBox and some FUSE mounts
         say(f"{folder} cannot be locked here: see to it yourself that no other process trains in it")
-    for name in (".state_*", ".samples_*", ".model", ".config"):  # what a kill left half written, and no other file
-        for half_written in folder.glob(f"{name}-{'[0-9a-f]' * 8}.*"):
-            half_written.unlink()
     try:
+        for name in (".state_*", ".samples_*", ".model", ".config"):  # what a kill left half written, and no other file
+            for half_written in folder.glob(f"{name}-{'[0-9a-f]' * 8}.*"):
+                half_written.unlink()
         yield
     finally:
         lock.release()
@@ -432,7 +433,8 @@ def join_process_group(device="auto"):
     if utils.TORCHRUN not in os.environ:
         return 0, 1
     if not dist.is_initialized():  # once for all runs of this process: PyTorch may hang in a second time
-        on_gpus, local_rank = device in ("auto", "cuda") and torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+        on_gpus = device in ("auto", "cuda") and torch.cuda.is_available()
+        local_rank = int(os.environ["LOCAL_RANK"])
         if on_gpus and local_rank < torch.cuda.device_count():
             torch.cuda.set_device(local_rank)  # before anything is put on GPU 0
         elif on_gpus or utils.pick_device(device).type != "cpu":
