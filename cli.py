@@ -317,6 +317,6 @@ def run_publish(args):
     if args.out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, not {args.out.name!r}")
     tensors, config = weights.read_checkpoint(args.checkpoint)
-    states = {kind: weights.select_weights(tensors, kind, config, args.checkpoint) for kind in args.weights}
+    states = {kind: weights.select_weights(tensors, kind, config, args.checkpoint)[1] for kind in args.weights}
     weights.save_checkpoint(args.out, states, config, tensors.get("losses"), half=True)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")

@@ -286,7 +286,7 @@ def test_init_brings_its_network_and_process(idx_folder, tmp_path, capsys):
         config = read_checkpoint(out)[1]
         assert config["model"] == trained["model"] | model and config["diffusion"] == trained["diffusion"] | process
         assert config["train"]["ema_start"] == 0 < trained["train"]["ema_start"]
-    assert "they begin anew" in capsys.readouterr().err  # of the deeper network's weights, those that are new
+    assert "tensors begin anew" in capsys.readouterr().err  # of the deeper network's weights, those that are new
 
 
 def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, refused):
