@@ -4,7 +4,6 @@ Images rest in memory as uint8, N x C x H x W; a model sees float batches in [-1
 """
 
 import contextlib
-import functools
 import gzip
 import hashlib
 import io
@@ -32,6 +31,9 @@ with contextlib.suppress(ImportError):
     import pillow_heif  # type: ignore[import-not-found]
 
     pillow_heif.register_heif_opener()
+IMAGE_SUFFIXES = (
+    "avif bmp dib gif heic heif hif ico jfif jp2 jpe jpeg jpg pbm pgm png ppm psd tga tif tiff webp".split()
+)
 SPLIT_NAMES = ("train|training", "test|testing", "val|valid|validation|dev|eval")
 
 
@@ -197,17 +199,15 @@ def _count(left_out: dict[str, str]) -> str:
 def _read_mnist(folder: Path, split: str, name: str) -> tuple[np.ndarray, np.ndarray, list[str]] | None:
     """From IDX files (gzipped or not) or parquet files; None where the folder has neither."""
     if any(folder.glob("*-idx[13]-ubyte*")):
-        prefix = "train" if split == "train" else "t10k"
-        files = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
-        images, labels = (_read_idx(folder / file) for file in files)
+        prefix = folder / ("train" if split == "train" else "t10k")
+        images, labels = (_read_idx(Path(f"{prefix}-{kind}-ubyte")) for kind in ("images-idx3", "labels-idx1"))
+        source = f"{prefix}-*-ubyte"
     elif any(folder.glob("t*.parquet")):
-        files = (f"{split}*.parquet",)
-        images, labels = _read_parquet(folder / files[0])
+        images, labels = _read_parquet(source := folder / f"{split}*.parquet")
     else:
         return None
     if labels.ndim != 1 or images.shape != (len(labels), 28, 28) or not set() < {*labels.tolist()} <= {*range(10)}:
-        names = " and ".join(files)
-        raise UserError(f"{folder}: {names} should hold images of 28 x 28 and a label within 0..9 for each")
+        raise UserError(f"{source} should hold images of 28 x 28 and a label within 0..9 for each")
     plain = name.lower().replace("-", "_")  # a folder called after a data set holds its classes, others hold digits
     named = (row.classes for key, row in DATASETS.items() if row.classes and plain.startswith(key))
     return images[:, None], labels, list(next(named, "0123456789"))
@@ -216,10 +216,7 @@ def _read_mnist(folder: Path, split: str, name: str) -> tuple[np.ndarray, np.nda
 def _read_idx(path: Path) -> np.ndarray:
     """A file of bytes, perhaps gzipped: 0, 0, 8 (unsigned byte), the number of dimensions, each as >i4, the data."""
     try:
-        zipped = path.with_name(f"{path.name}.gz")
-        content = path.read_bytes() if path.is_file() else gzip.decompress(zipped.read_bytes())
-        if content[:3] != bytes((0, 0, 8)):
-            raise ValueError("it does not begin as an IDX file of bytes")
+        content = path.read_bytes() if path.is_file() else gzip.decompress(Path(f"{path}.gz").read_bytes())
         shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape).copy()
     except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
@@ -264,8 +261,7 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, row:
     read = [folder for file, folder in files.items() if file not in unreadable]
     unread = set(files.values()) - set(read)
     if not read or (labels and unread):
-        of_class = f" of the class {min(unread, key=by_number)}" if classes else ""
-        raise UserError(f"{root} has no readable image{of_class}: {_count(left_out)}")
+        raise UserError(f"{root} has no readable image in {', '.join(sorted(unread)) or 'it'}: {_count(left_out)}")
     # both splits have as many channels, whichever one the colour is in
     grey = row.channels is None and is_grey(images)
     if grey and all(is_grey(_load_images(root, list(splits[part]), sides[part])[0]) for part in splits if splits[part]):
@@ -286,8 +282,7 @@ def _judge_size(root: Path, names: list[str], image_size: int | None) -> tuple[i
     size = image_size or min(64, usual)
     small = [name for name, side in sides.items() if side < size]
     if small:
-        count = f"{len(small):,} of {len(sides):,} images are smaller than {size} and are enlarged"
-        say(f"{root}: {count}, such as {small[0]}, whose shorter side has {sides[small[0]]} pixels")
+        say(f"{root}: {len(small):,} of {len(sides):,} images are smaller than {size} and enlarged, such as {small[0]}")
     return size, usual >= round(1.25 * size)  # enlarging images only to crop them would blur them
 
 
@@ -299,18 +294,9 @@ def visible(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not name.startswith((".", "__MACOSX", "@eaDir", "$RECYCLE")))
 
 
-@functools.cache
-def image_suffixes() -> set[str]:
-    """Of all that Pillow can read, and of HEIC even where it cannot."""
-    no_pictures = ("BUFR", "GRIB", "HDF5", "MPEG")
-    kinds = Image.registered_extensions().items()
-    readable = {suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in no_pictures}
-    return readable | {".heic", ".heif", ".hif"}
-
-
 def is_image(file: Path) -> bool:
     """By its suffix, or where that says nothing by its first bytes; it may still be damaged."""
-    if file.suffix.lower() in image_suffixes():
+    if file.suffix[1:].lower() in IMAGE_SUFFIXES:
         return True
     with contextlib.suppress(Exception), Image.open(file, formats=("JPEG", "PNG", "GIF", "WEBP")):
         return True
@@ -345,12 +331,8 @@ def by_folder(names: Iterable[str], inside: str = "") -> tuple[str, dict[str, st
         opened = by_folder(rest, inside + min(folders.values()) + os.sep)
         if "" not in opened[1].values():
             return opened
-    return inside, dict(sorted(folders.items(), key=lambda item: by_number(item[1])))
-
-
-def by_number(text: str) -> list:
-    """A key that sorts as people count: 2 before 10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text))]
+    padded = {folder: re.sub(r"\d+", lambda digits: digits[0].zfill(20), folder) for folder in folders.values()}
+    return inside, dict(sorted(folders.items(), key=lambda item: padded[item[1]]))
 
 
 def split_folders(images: list[str]) -> dict[str, dict[str, str]]:
@@ -385,18 +367,16 @@ def _list_splits(root: Path, labels: bool) -> tuple[dict[str, dict[str, str]], l
         for inside, part in parts.items():
             parts[inside] = {name: folder for name, folder in part.items() if folder} or part
     (inside, train), (apart, test) = [*parts.items(), ("", {})][:2]
-    classes = list(dict.fromkeys(train.values()))
-    differ = bool(test) and list(dict.fromkeys(test.values())) != classes
-    if labels and differ:
+    classes, of_test = (list(dict.fromkeys(part.values())) for part in (train, test))
+    if labels and test and of_test != classes:
         say(f"{root / apart} has other class folders than {root / inside}, of which a tenth is held out instead")
-        test, differ = {}, False
-    if differ or "" in classes:
+        test = {}
+    if "" in classes or (test and of_test != classes):
         classes = []
     if not test:
         by_hash = sorted(train, key=lambda name: zlib.crc32(os.fsencode(name[len(inside) :])))
         tenth = set(by_hash[: len(train) // 10])
-        test = {name: folder for name, folder in train.items() if name in tenth}
-        train = {name: folder for name, folder in train.items() if name not in tenth}
+        test = {name: train.pop(name) for name in [*train] if name in tenth}
     left_out = dict.fromkeys(set(names).difference(images), "not an image")
     left_out |= dict.fromkeys(set(images).difference(train, test), "outside of the splits and class folders")
     return {"train": train, "test": test}, classes, left_out
