@@ -201,7 +201,7 @@ def _read_mnist(folder: Path, split: str, name: str) -> tuple[np.ndarray, np.nda
     if any(folder.glob("*-idx[13]-ubyte*")):
         prefix = folder / ("train" if split == "train" else "t10k")
         images, labels = (_read_idx(Path(f"{prefix}-{kind}-ubyte")) for kind in ("images-idx3", "labels-idx1"))
-        source = f"{prefix}-*-ubyte"
+        source = Path(f"{prefix}-*-ubyte")
     elif any(folder.glob("t*.parquet")):
         images, labels = _read_parquet(source := folder / f"{split}*.parquet")
     else:
@@ -254,7 +254,7 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, row:
     files, every = splits[split], [*splits["train"], *splits["test"]]
     if not files:
         raise UserError(f"{root} has no image for the {split} split (of ten or more, a tenth is held out)")
-    size, crop = _judge_size(root, every, image_size) if row.crop else (image_size, False)
+    size, crop = _judge_size(root, every, image_size) if row.crop else (image_size or row.image_size, False)
     sides = {"train": round(1.25 * size) if crop else size, "test": size}
     images, unreadable = _load_images(root, list(files), sides[split])
     left_out |= unreadable
