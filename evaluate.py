@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -85,7 +84,7 @@ def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
     return (sum(within) - 2 * xy.mean()).item()
 
 
-def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: int = 1000) -> tuple[float, float]:
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: int = 1000) -> dict:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), features N x D and M x D.
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour in the
@@ -99,7 +98,7 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: 
         inside = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(chunk)]
         return torch.cat(inside).double().mean().item()
 
-    return share_inside(fake, real), share_inside(real, fake)
+    return {"precision": share_inside(fake, real), "recall": share_inside(real, fake)}
 
 
 def label_agreement(logits: torch.Tensor, labels: torch.Tensor | list[str], classes: list[str]) -> dict:
@@ -129,8 +128,7 @@ def standard_error(x: torch.Tensor, correction: int = 1) -> float:
 
 def check_count(count: int, dimensions: int) -> None:
     if count <= dimensions:
-        advice = f"make at least {dimensions + 1}, better 5,000"
-        raise UserError(f"{count} samples do not determine the covariance of {dimensions} features: {advice}")
+        raise UserError(f"{count} samples are too few for {dimensions} features: make at least {dimensions + 1}")
 
 
 def compare(x: torch.Tensor, reference: dict[str, torch.Tensor], seed: int = 0, draws: int = 100) -> dict:
@@ -151,7 +149,7 @@ def compare(x: torch.Tensor, reference: dict[str, torch.Tensor], seed: int = 0, 
     g = generator(seed, 1)
     some_x, some_test = (a[torch.randperm(len(a), generator=g)[:pairs]] for a in (x, test))
     result["kernel_distance"] = kid(x, test, seed)
-    result["precision"], result["recall"] = precision_recall(some_test, some_x)
+    result |= precision_recall(some_test, some_x)
     return result | {"precision_recall_settings": {"k": 3, "count": pairs, "seed": seed}}
 
 
@@ -263,7 +261,7 @@ def stratified_timesteps(first: int, last: int, count: int, g: torch.Generator) 
     return t[torch.randperm(count, generator=g)]
 
 
-def predictions(model, diffusion, images, labels, edges: list[int], seed: int, batch_size: int) -> Iterator[tuple]:
+def predictions(model, diffusion, images, labels, edges: list[int], seed: int, batch_size: int):
     """Noise each image once in each range of t; yields the range's (first, last), t, the noise and its prediction."""
     for i, (first, last) in enumerate(progress(list(zip(edges[:-1], edges[1:], strict=True)), unit="range of t")):
         g = generator(seed, i)
@@ -360,7 +358,7 @@ def timestep_ranges(timesteps: int) -> list[int]:
     return edges
 
 
-# --- quality against the guidance scale ---------------------------------------------------------------------------
+# --- many sets of samples: against the guidance scale; the measures' own sanity -----------------------------------
 
 
 def interval(text: str) -> list[int] | None:
@@ -439,9 +437,6 @@ def earlier_rows(path: Path, result: dict) -> list[dict]:
     raise UserError(f"{path} is of another command, or of other settings or weights: delete it, or use another --out")
 
 
-# --- sanity ----------------------------------------------------------------------------------------------------------
-
-
 def sanity(data_name: str, seed: int = 0, n: int = 5000) -> dict:
     """Every measure on real, damaged, mode-dropped and memorised images, and the Frechet distance against the count."""
     net = features.load_features(data_name)
@@ -480,9 +475,8 @@ def count_curve(x: torch.Tensor, reference: dict, seed: int, repeats: int = 10) 
         distances = [frechet(*statistics(some), reference["test_mean"], reference["test_cov"]) for some in subsets]
         pairs = min(count, len(test))
         some_test = test[torch.randperm(len(test), generator=generator(seed, count))[:pairs]]
-        precision, recall = precision_recall(some_test, subsets[0][:pairs])
         spread = {"mean": mean(distances), "standard_deviation": stdev(distances)}
-        curve.append({"count": count, "repeats": repeats, **spread, "precision": precision, "recall": recall})
+        curve.append({"count": count, "repeats": repeats, **spread, **precision_recall(some_test, subsets[0][:pairs])})
     return curve
 
 

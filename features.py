@@ -3,11 +3,8 @@
 import hashlib
 import json
 import math
-import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -18,7 +15,7 @@ from weights import load_state, read_tensors, save_state, save_tensors
 
 CHECKPOINTS = ROOT / "checkpoints"
 # a feature classifier's network and training; the data set's row in DATASETS may have other values
-DEFAULT_RECIPE: dict[str, Any] = {
+DEFAULT_RECIPE: dict = {
     "widths": [32, 64, 128],
     "depths": [1, 1],
     "mirror": False,
@@ -26,10 +23,6 @@ DEFAULT_RECIPE: dict[str, Any] = {
     "label_smoothing": 0.05,
     "cycles": [{"epochs": 16, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 2, "flip": True}],
 }
-FIXED_TRAIN = 10_000  # training images whose features are kept
-
-
-# --- the feature classifier ---------------------------------------------------------------------------------------
 
 
 class ResidualBlock(nn.Module):
@@ -115,7 +108,7 @@ def train_features(name: str, seed: int = 0) -> dict:
     torch.manual_seed(seed)
     net = FeatureNet(**architecture).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, nesterov=True)
-    facts: dict[str, Any] = {"data": name, "folder": describe_folder(name), "seed": seed}
+    facts: dict = {"data": name, "folder": describe_folder(name), "seed": seed}
     facts |= {"architecture": architecture, "recipe": recipe}
     identity, history = json.dumps([facts, len(train)]), []
     states = ROOT / f"runs/features_{Path(name).name}"
@@ -127,10 +120,8 @@ def train_features(name: str, seed: int = 0) -> dict:
         say(f"going on after epoch {len(history)}")
     epochs = [(cycle, i / cycle["epochs"]) for cycle in recipe["cycles"] for i in range(cycle["epochs"])]
     for epoch in range(len(history), len(epochs)):
-        start = time.perf_counter()
         loss = train_epoch(net, optimizer, train, recipe, *epochs[epoch], seed, epoch)
-        measured = {"epoch": epoch + 1, "loss": loss, "test_accuracy": accuracy(net, test)}
-        history.append(measured | {"seconds": round(time.perf_counter() - start, 1)})
+        history.append({"epoch": epoch + 1, "loss": loss, "test_accuracy": accuracy(net, test)})
         say(json.dumps(history[-1]))
         state = {"identity": identity, "step": epoch + 1, "history": history}
         save_state(states, state | {"net": net.state_dict(), "optimizer": optimizer.state_dict()})
@@ -157,9 +148,8 @@ def train_epoch(net, optimizer, train: ImageData, recipe, cycle, begin: float, s
     """One pass over the data, `begin` (0..1) of the way through `cycle`; its mean loss."""
     assert train.labels is not None
     net.train()
-    batch_size, losses = recipe["batch_size"], []
-    steps = len(train) // batch_size
-    batches = torch.randperm(len(train), generator=generator(seed, epoch)).split(batch_size)
+    total, steps = 0.0, len(train) // recipe["batch_size"]
+    batches = torch.randperm(len(train), generator=generator(seed, epoch)).split(recipe["batch_size"])
     for step, index in enumerate(progress(batches[:steps], desc=f"epoch {epoch + 1}")):
         x = shift_and_flip(train.images[index], cycle["shift"], cycle["flip"], generator(seed, epoch, step))
         with autocast("cpu"):
@@ -170,8 +160,8 @@ def train_epoch(net, optimizer, train: ImageData, recipe, cycle, begin: float, s
         lr = cycle["learning_rate"] * one_cycle(begin + step / steps / cycle["epochs"])
         optimizer.param_groups[0].update(lr=lr, weight_decay=cycle["weight_decay"])
         optimizer.step()
-        losses.append(loss.item())
-    return float(np.mean(losses))
+        total += loss.item()
+    return total / steps
 
 
 def features_of(net: FeatureNet, images: torch.Tensor, batch_size: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +173,6 @@ def features_of(net: FeatureNet, images: torch.Tensor, batch_size: int = 500) ->
 
 
 def accuracy(net: FeatureNet, data: ImageData) -> float:
-    assert data.labels is not None
     return (features_of(net, data.images)[1].argmax(1) == data.labels).double().mean().item()
 
 
@@ -200,11 +189,8 @@ def load_features(name: str | Path) -> FeatureNet:
     path, train = checkpoint_path("features", name), f"`python evaluate.py train-features {name}`"
     hint = f"{train} makes it where images have class labels; without, add --features cifar10 for photographs"
     weights, config = read_tensors(path, hint)
-    try:
-        net = FeatureNet(**config["architecture"])
-        net.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit the network: {hint}") from error
+    net = FeatureNet(**config["architecture"])
+    net.load_state_dict(weights)
     # a name without a path does for a folder that is elsewhere
     if (here := describe_folder(name)) != (there := config.get("folder")) and (here or str(name) != Path(name).name):
         folders = f"{there or 'unknown'}; here {here or 'none'}"
@@ -222,7 +208,7 @@ def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def make_reference(net: FeatureNet, train: ImageData, test: ImageData, seed: int = 0) -> dict[str, torch.Tensor]:
     """What evaluations need of the real images: the two splits' statistics, and the features of some of them."""
-    chosen = torch.randperm(len(train), generator=generator(seed))[:FIXED_TRAIN].sort().values
+    chosen = torch.randperm(len(train), generator=generator(seed))[:10_000].sort().values
     reference = {"train_index": chosen.int()}
     for split, data in (("train", train), ("test", test)):
         x = features_of(net, data.images)[0]
@@ -242,8 +228,7 @@ def load_reference(name: str | Path, net: FeatureNet, image_size=None) -> tuple[
         reference, facts = read_tensors(path, remedy)
         if facts["features_sha256"] != net.sha256:
             raise UserError(f"{path.name} was made with other weights: {remedy}")
-        counts = f"{facts['train_images']:,} images for training, {facts['test_images']:,} held out"
-        say(f"data: {counts}; {len(net.classes)} classes: {', '.join(net.classes)}")
+        say(f"data: {facts['train_images']:,} images for training, {facts['test_images']:,} held out")
         digest = sha256(path)
     else:
         train, test = load_splits(name, image_size, net.image_shape[0])

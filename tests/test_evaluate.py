@@ -107,7 +107,8 @@ def test_precision_recall_brute_force(k):
         radii = [sorted(math.dist(a, b) for b in manifold)[k] for a in manifold]
         return np.mean([any(math.dist(p, m) <= r for m, r in zip(manifold, radii, strict=True)) for p in points])
 
-    expected = share_inside(fake.tolist(), real.tolist()), share_inside(real.tolist(), fake.tolist())
+    r, f = real.tolist(), fake.tolist()
+    expected = {"precision": share_inside(f, r), "recall": share_inside(r, f)}
     assert evaluate.precision_recall(real, fake, k, chunk=17) == pytest.approx(expected)
 
 
@@ -400,10 +401,6 @@ def test_from_training_a_classifier_to_numbers(toy, tmp_path, run):
 
     with pytest.raises(UserError, match="cannot write"):
         run(path, "--data", "toy", "--json-out", ".")
-    reference = tmp_path / "checkpoints/reference_toy.safetensors"
-    reference.rename(reference.with_name("features_toy.safetensors"))
-    with pytest.raises(UserError, match="does not fit the network"):
-        features.load_features("toy")
 
 
 @pytest.fixture
@@ -505,7 +502,7 @@ def samples(tmp_path, shape=(300, 28, 28, 1), **more):
     "make, options, message",
     [
         ({"shape": (300, 32, 32, 1)}, [], "expects 28 x 28 x 1"),
-        ({"shape": (100, 28, 28, 1)}, [], "do not determine the covariance"),
+        ({"shape": (100, 28, 28, 1)}, [], "are too few for 128 features"),
         ({"labels": np.full(300, 10)}, [], "label 10 is none of the 10 classes"),
         ({}, ["--data", "nonsense"], "features_nonsense.safetensors"),
         ({}, ["--features", "nonsense"], "features_nonsense.safetensors"),
