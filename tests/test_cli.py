@@ -586,7 +586,7 @@ def test_bad_publish(flags, message, runs, tmp_path, refused, monkeypatch):
         (["--timesteps", 50], "--timesteps must be at least"),
         (["--n", 100], "make at least 129"),
         (["--image-size", 32], "32 x 32"),
-        (["--data", "nowhere/fashion_mnist"], "no folder nowhere/fashion_mnist"),
+        (["--data", "nowhere/fashion_mnist"], "is called like the built-in fashion_mnist"),
     ],
 )
 def test_bad_grid(flags, message, tmp_path, refused):
@@ -609,8 +609,8 @@ def test_bad_sweep(plain, classes, tmp_path, refused, monkeypatch):
         (course, ["--weights", "raw"], "add --data"),
         (course, ["--weights", "raw", "--data", "fashion_mnist"], "64 x 64"),
         (classes, ["--steps", 21], "20 timesteps"),
-        (classes, ["--intervals", "20-30"], "must begin below the model's 20 timesteps"),
-        (classes, ["--intervals", "none", "9-5"], "9-5 is not an interval of timesteps"),
+        (classes, ["--intervals", "20-30"], "begin below the model's 20 timesteps"),
+        (classes, ["--intervals", "none", "9-5"], "must rise and begin below"),
         (classes, ["--intervals", "5"], "invalid interval value: '5'"),
         (classes, ["--out", "not.json"], "not.json"),
         (classes, ["--out", "other.json"], "other settings or weights"),
