@@ -49,6 +49,7 @@ def make_parser(description, data, shape, conditional=False):
 
 def add_train_flags(parser, conditional, shape):
     add = parser.add_argument
+    own = ", ".join(f"{name} {value}" for name, value in shape.items()) or "of its own shape"
     parser.set_defaults(conditional=conditional, shape=shape)
     add("--data", default="fashion_mnist", help=f"{', '.join(DATASETS)}, or a folder of images")
     add("--image-size", type=number(int, 1, 4096), help="side of the training images (default: the data's own)")
@@ -70,7 +71,7 @@ def add_train_flags(parser, conditional, shape):
     add("--cooldown", type=number(float, 0, 1), default=0.0, metavar="F", help="lower it to 0 over this last share")
     add("--optimizer", choices=list(training.OPTIMIZERS), default="adam", help="optimizer")
     add("--seed", type=natural, default=0, help="of the weights and of every random draw")
-    add("--model", choices=["patch", "course"], default="patch", help=f"this project's {shape or ''} or the course's")
+    add("--model", choices=["patch", "course"], default="patch", help=f"this project's ({own}), or the course's")
     add("--width", type=number(int, 1, 4096), help="feature maps at the first level")
     add("--mults", type=number(int, 1, 64), nargs="+", help="width of each level, in multiples of --width (patch)")
     add("--depth", type=number(int, 1, 64), nargs="+", help="blocks per level, one number or one each (patch)")

@@ -174,30 +174,35 @@ def evaluate_samples(images, labels=None, data_name="fashion_mnist", features_na
     return result
 
 
-@torch.inference_mode()
 def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, network=2048) -> dict:
-    """The standard FID and KID: torchmetrics' Inception and the distances above. Needs the data set. Raises UserError.
+    """The standard FID and KID, by torchmetrics. Needs the Inception weights and the data set. Raises UserError.
 
     images: uint8 N x C x H x W. network: how many of Inception's features, or a module that computes others.
     """
-    _, test = features.load_splits(data_name, images.shape[-1], images.shape[1])
     try:
-        from torchmetrics.image import FrechetInceptionDistance
-
-        inception = FrechetInceptionDistance(network, antialias=False).inception  # resized as in the original FID
+        from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
+        from torchmetrics.wrappers import FeatureShare
+    except ImportError:
+        raise UserError("--features inception needs `pip install torchmetrics torch-fidelity`") from None
+    _, test = features.load_splits(data_name, images.shape[-1], images.shape[1])
+    try:  # antialias=False: resized as in the original FID
+        fid = FrechetInceptionDistance(network, antialias=False)
+        kernel = KernelInceptionDistance(network, subset_size=min(1000, len(images), len(test)))
     except Exception as error:  # a package that is missing, or whatever a failed download provokes
-        needs = "`pip install torchmetrics torch-fidelity` and, once, the internet, for Inception's weights"
-        raise UserError(f"--features inception needs {needs} ({error!r})") from error
-    x, y = (
-        torch.cat([inception(part.expand(-1, 3, -1, -1)) for part in progress(some.split(50), desc="Inception")])
-        for some in (images, test.images)
-    )
+        raise UserError(f"the Inception weights cannot be had ({error!r}): leave --features out") from error
+    metrics = FeatureShare([fid, kernel])  # one pass through the network serves both
+    for real, source in ((True, test.images), (False, images)):
+        for part in progress(source.split(50), desc="Inception"):
+            metrics.update(part.expand(-1, 3, -1, -1).contiguous(), real=real)
+    torch.manual_seed(seed)  # of the subsets for the kernel distance
+    distances = metrics.compute()
+    mean, deviation = (value.item() for value in distances["KernelInceptionDistance"])
     return {
         "data": Path(data_name).name,
         "reference": {"split": "test", "images": len(test)},
         "features": {"name": "inception-v3-compat", "dimensions": 2048},
-        "frechet_distance": frechet(*statistics(x), *statistics(y)),
-        "kernel_distance": kid(x, y, seed),
+        "frechet_distance": distances["FrechetInceptionDistance"].item(),
+        "kernel_distance": {"kid": mean, "standard_deviation": deviation, "seed": seed},
     }
 
 

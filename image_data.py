@@ -411,8 +411,8 @@ def decode_image(path: Path, side: int) -> np.ndarray | str:
     try:
         try:
             image = _read_rgb(path, side)
-        except (SyntaxError, ValueError, UnidentifiedImageError):  # perhaps only because a PNG's metadata is damaged
-            image = _read_rgb(io.BytesIO(png_without_metadata(path.read_bytes())), side)
+        except (SyntaxError, ValueError, UnidentifiedImageError):  # perhaps only because the metadata is damaged
+            image = without_metadata(path.read_bytes())
         return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR))
     except UserError as error:
         return str(error)
@@ -421,12 +421,12 @@ def decode_image(path: Path, side: int) -> np.ndarray | str:
             return f"not readable ({reason})"
         if "HEIF" not in Image.OPEN and path.read_bytes()[4:8] == b"ftyp":
             return "in HEIC, which needs `pip install pillow-heif`"
-        return "damaged, too large or in no format that Pillow can open"
+        return "cut off" if "truncated" in str(error) else "damaged, too large or in no format that Pillow can open"
 
 
-def _read_rgb(file: Path | io.BytesIO, side: int) -> Image.Image:
+def _read_rgb(path: Path, side: int) -> Image.Image:
     """Upright, and at least twice as large as `side` where the file is."""
-    with Image.open(file) as image:
+    with Image.open(path) as image:
         image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
         with one_at_a_time if image.width * image.height > 50_000_000 else contextlib.nullcontext():
             with contextlib.suppress(Exception):  # the camera's notes may be damaged
@@ -434,15 +434,19 @@ def _read_rgb(file: Path | io.BytesIO, side: int) -> Image.Image:
             return to_rgb(image)
 
 
-def png_without_metadata(content: bytes) -> bytes:
-    """A PNG file with the parts alone that make its pixels."""
+def without_metadata(content: bytes) -> Image.Image:
+    """A PNG or JPEG read for its pixels alone. (A PNG not by torchvision, whose decoder crashes on some damages.)"""
+    if content[:4] != b"\x89PNG":
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        pixels = torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB)
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
     kept, start = [content[:8]], 8
     while start < len(content):  # a part is its length (4 bytes), its name (4), the data and a checksum (4)
         end = start + 12 + int.from_bytes(content[start : start + 4], "big")
         if content[start + 4 : start + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
             kept.append(content[start:end])
         start = end
-    return b"".join(kept)
+    return to_rgb(Image.open(io.BytesIO(b"".join(kept))))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -51,6 +51,9 @@ def command_line(main: Callable[[], int | None]) -> None:
         message = str(error)
     except KeyboardInterrupt as error:
         message, status = str(error) or "interrupted", 130
+    except BrokenPipeError:  # `... | head`: nobody is left to read a message
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     except (MemoryError, RuntimeError) as error:

@@ -162,7 +162,7 @@ def test_damaged_files_are_named_counted_and_left_out(tmp_path):
         data = load_data(tmp_path, labels=True)
         assert data.labels.tolist() == [0, 0, 1, 1, 1]
         nowhere = "not readable (No such file or directory)"
-        assert data.left_out == {"b/notes.txt": "not an image", "a/001.png": DAMAGED, "b/z.png": nowhere}
+        assert data.left_out == {"b/notes.txt": "not an image", "a/001.png": "cut off", "b/z.png": nowhere}
     for i in range(3):
         (tmp_path / f"a/{i:03}.png").write_text("no")
     with pytest.raises(UserError, match="no readable image in a"):
@@ -176,9 +176,9 @@ def test_folders_without_images_are_refused(tmp_path):
         load_data(tmp_path)
     picture(tmp_path / "x.png")
     content = (tmp_path / "x.png").read_bytes()
-    for size in (0, 60):  # 60: with its size, without its pixels
+    for size, reason in ((0, DAMAGED), (60, "cut off")):  # 60: with its size, without its pixels
         (tmp_path / "x.png").write_bytes(content[:size])
-        with pytest.raises(UserError, match=f"no readable image in it: 1 not an image, .*; 1 {DAMAGED}, such as x.png"):
+        with pytest.raises(UserError, match=f"no readable image in it: 1 not an image, .*; 1 {reason}, such as x.png"):
             load_data(tmp_path)
     (tmp_path / "x.png").unlink()
     class_folder(tmp_path, {"a": 2})
@@ -458,6 +458,7 @@ ORIENTATION = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
         (0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><tiff:Orientation", False),
         (0xE2, b"MPF\0II*\0\x08\0\0\0\xff\xff", False),
         (0xED, b"Photoshop 3.0\0008BIM\x03\xed\0\0\0\0\0\x10ab", False),
+        (0xEE, b"Adobe\0", False),
         (b"tEXt", b"Comment\0wrong checksum", False),
         (b"zTXt", b"Comment\0\0" + zlib.compress(b" " * 5_000_000), False),
         (b"iCCP", b"icc\0\1garbage", False),
