@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from utils import UserError, generator, look_up
+from utils import UserError, command_line, generator, look_up
 
 BETA_START, BETA_END = 1e-4, 0.02  # chosen by Ho et al. for T = 1000
 MAX_TIMESTEPS = 100_000
@@ -379,6 +379,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from utils import command_line
-
     command_line(main)
