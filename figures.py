@@ -235,7 +235,8 @@ def watch(losses, draw, total, redraws=8):
 def table(heads, rows):
     """A Markdown table; numbers that are not whole have three digits."""
     lines = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]))
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *lines]
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def slider(images_at, last, name):

@@ -149,12 +149,6 @@ def test_tables_are_what_the_results_say():
         assert path.read_text() == text, f"{path} is out of date: run `python report/build.py tables`"
 
 
-def test_unknown_table():
-    assert tables.fill("<!-- reliability -->\nold\n<!-- end -->") != "<!-- reliability -->\nold\n<!-- end -->"
-    with pytest.raises(UserError, match="no table 'nonsense'"):
-        tables.fill("<!-- nonsense -->\n<!-- end -->")
-
-
 def test_plots_are_reproducible(folders):
     for name in ("a", "b"):
         figures.use_style()
