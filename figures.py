@@ -55,7 +55,6 @@ def use_style():
     plt.rc("grid", color="0.9")
     plt.rc("legend", fontsize=8.5, frameon=False)
     plt.rc("lines", linewidth=1.6, markersize=4)
-    plt.rc("image", composite_image=False)
     plt.rc("svg", hashsalt="ddpm")  # outlines of letters have no random numbers: the same figure is the same bytes
 
 
@@ -158,8 +157,8 @@ def labelled_rows(rows, column_labels=(), scale=4, width=TEXT_WIDTH, gap=1):
     axes.grid(False)
     axes.set_frame_on(False)
     axes.tick_params(length=0, pad=2, labeltop=True, labelbottom=False)
-    widest = 120 * picture_width / columns / max(1, longest_label)  # a larger font, and the labels would touch
-    font_size = min(plt.rcParams["font.size"], widest)
+    # in a larger font the labels would touch
+    font_size = min(plt.rcParams["font.size"], 120 * picture_width / columns / max(1, longest_label))
     axes.set_xticks(0.5 + np.arange(len(column_labels)), column_labels, fontsize=font_size)
     axes.set_yticks(0.5 + np.arange(len(rows)), rows)
     return fig
