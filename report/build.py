@@ -68,20 +68,16 @@ def run_notebooks(args):
             shutil.copyfile(FIGURES / name, PICTURES / name)
 
 
-def claims(value, data=None):
-    """Pairs (what, SHA-256) of the files that a result, or the part of one that is about `data`, was made from."""
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
-        return
-    data = value.get("data", data)
+def claims(value):
+    """Pairs (what, SHA-256) of the files that a result, or a part of one, was made from."""
     for key, part in value.items():
         if key == "sha256":
-            yield value.get("checkpoint") or value.get("name") or f"reference of {data}", part
-        elif key == "reference" and value.get("features", {}).get("name") != data:
+            yield value.get("checkpoint") or value.get("name") or "reference", part
+        elif key == "reference" and value["features"]["name"] != value["data"]:
             pass  # computed in another data set's features, and so not in checkpoints/
         elif key != "config":  # which may name the checkpoint that a training started from
-            yield from claims(part, data)
+            for inner in part if isinstance(part, list) else [part]:
+                yield from claims(inner) if isinstance(inner, dict) else ()
 
 
 def available():

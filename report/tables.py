@@ -51,18 +51,16 @@ def results():
 
 def speed():
     """The comparisons of speed, a table for each machine."""
-    rows, parts = [row for row in read_result("benchmark")["rows"] if "gain" in row], []
-    for machine in dict.fromkeys(row["machine"] for row in rows):
-        here = [row for row in rows if row["machine"] == machine]
-        lines = []
-        for row in here:
+    machines = {}
+    for row in read_result("benchmark")["rows"]:
+        if "gain" in row:
             note = f" ({row['note']})" if "note" in row else ""
             sides = [f"{row[side]['median']:.3g} {row['unit']}" for side in ("plain", "ours")]
-            lines.append([row["what"] + note, *sides, "{median:.3g} ({min:.3g} to {max:.3g})".format(**row["gain"])])
-        loads = [row["load_before"] for row in here]
-        parts.append(f"On {machine} (load average before the measurements: {min(loads):.1f} to {max(loads):.1f}):")
-        parts.append(table(["what", "plain", "ours", "times better (lowest to highest)"], lines).data)
-    return "\n\n".join(parts)
+            better = "{median:.3g} ({min:.3g} to {max:.3g})".format(**row["gain"])
+            cells = [row["what"] + note, *sides, better, f"{row['load_before']:.1f}"]
+            machines.setdefault(row["machine"], []).append(cells)
+    heads = ["what", "plain", "ours", "times better (lowest to highest)", "load before"]
+    return "\n\n".join(f"On {machine}:\n\n{table(heads, rows).data}" for machine, rows in machines.items())
 
 
 def samplers():

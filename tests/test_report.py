@@ -107,7 +107,7 @@ def test_stale_figure_is_refused(folders):
     [
         {"checkpoint": "a.safetensors", "sha256": "0" * 64},
         {"rows": [{"data": "x", "features": {"name": "x", "sha256": "0" * 64}}]},
-        {"data": "x", "deep": {"features": {"name": "x"}, "reference": {"sha256": "0" * 64}}},
+        {"deep": {"data": "x", "features": {"name": "x"}, "reference": {"sha256": "0" * 64}}},
         {"runs": [{"name": "b", "sha256": "0" * 64, "config": {}}]},
     ],
 )
