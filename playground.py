@@ -17,6 +17,7 @@ from ddpm_conditional import guided
 from image_data import DATASETS
 from weights import image_shape, load_checkpoint
 
+SCALES = [("none", 0.0), *((f"{scale:g}", scale) for scale in (1.5, 2.0, 3.0, 5.0, 7.5))]
 ROWS = ("without guidance", "with guidance", "on the way", "the image it predicts")
 
 # name: its title, its checkpoint, and the kinds of weights that this holds
@@ -77,7 +78,7 @@ def show():
     titles = [(title, name) for name, (title, *_) in models.items()]
     data = widgets.ToggleButtons(options=titles, description="model", **narrow)
     label = widgets.ToggleButtons(options=[("", 0)], description="class", **narrow)
-    scale = widgets.SelectionSlider(options=(0, 1.5, 2, 3, 5, 7.5), value=3, description="guidance", **lazy)
+    scale = widgets.SelectionSlider(options=SCALES, value=3.0, description="guidance", **lazy)
     interval = widgets.IntRangeSlider(value=(0, 999), min=0, max=999, description="guided for t", **lazy)
     sampler = widgets.ToggleButtons(options=list(SAMPLERS), value="dpm", description="sampler")
     steps = widgets.IntSlider(value=10, min=2, max=100, description="steps", **lazy)
