@@ -9,7 +9,9 @@ import random
 import time
 
 import ipywidgets as widgets
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 import figures
 from ddpm import SAMPLERS
@@ -18,7 +20,8 @@ from image_data import DATASETS
 from weights import image_shape, load_checkpoint
 
 SCALES = [("none", 0.0), *((f"{scale:g}", scale) for scale in (1.5, 2.0, 3.0, 5.0, 7.5))]
-ROWS = ("without guidance", "with guidance", "on the way", "the image it predicts")
+NAMES_WIDTH, HEIGHT = 150, 540  # pixels: of the rows' names, of the picture whichever model is drawn
+
 
 # name: its title, its checkpoint, and the kinds of weights that this holds
 PUBLISHED = {
@@ -62,11 +65,23 @@ def draw(model, diffusion, shape, label, cfg_scale, cfg_interval=None, n=6, **op
 
 
 def picture(drawing, step):
-    """The samples and, at a step, what the sampler saw and predicted, in the order of ROWS: uint8, H x W x 3."""
+    """The samples and what the sampler saw at a step, with the rows' names: uint8, of one size for all models."""
     unguided, x_ts, x0s = drawing
+    rows = {
+        "without guidance": unguided,
+        "with guidance": x_ts[-1],
+        f"on the way:\nstep {step} of {len(x_ts) - 1}": x_ts[step],
+        "the clean image\nit predicts there": x0s[step],
+    }
     columns, side = len(unguided), unguided.shape[-1]
-    scale = figures.PAGE_WIDTH // ((columns + 1) * (side + 1))  # leaves a column's width for the rows' names
-    return figures.pixels(torch.cat([unguided, x_ts[-1], x_ts[step], x0s[step]]), columns, scale)
+    scale = (figures.PAGE_WIDTH - NAMES_WIDTH) // (columns * (side + 1) + 1)
+    grid = figures.pixels(torch.cat(list(rows.values())), columns, scale)
+    canvas = Image.new("RGB", (figures.PAGE_WIDTH, HEIGHT), "white")
+    canvas.paste(Image.fromarray(grid), (NAMES_WIDTH, 0))
+    for row, name in enumerate(rows):
+        place = (NAMES_WIDTH - 8, (row + 0.5) * len(grid) / len(rows))
+        ImageDraw.Draw(canvas).text(place, name, "black", ImageFont.load_default(15), anchor="rm", align="right")
+    return np.asarray(canvas)
 
 
 def show():
@@ -86,8 +101,7 @@ def show():
     seed = widgets.BoundedIntText(value=0, max=9999, description="seed")
     surprise = widgets.Button(description="surprise me", icon="random")
     walk = widgets.IntSlider(description="on the way", **wide)
-    status, image = widgets.Label(), widgets.Image(format="png")
-    names = widgets.VBox([widgets.Label(row) for row in ROWS], layout={"justify_content": "space-around"})
+    status, image = widgets.Label(), widgets.Image(format="png", width=figures.PAGE_WIDTH, height=HEIGHT)
     latest, waiting = {}, []
 
     def use_model(_=None):
@@ -117,7 +131,8 @@ def show():
         waiting.append(asyncio.get_event_loop().call_later(0.05, redraw))
 
     def scrub(_=None):
-        image.value = figures.png(picture(latest["drawing"], walk.value))
+        if latest:
+            image.value = figures.png(picture(latest["drawing"], walk.value))
 
     use_model()
     data.observe(use_model, "value")
@@ -128,6 +143,6 @@ def show():
     walk.observe(scrub, "value")
     redraw()
     if figures.PUBLISHING:
-        return figures.still(picture(latest["drawing"], walk.value), f"The playground: {', '.join(ROWS)}")
+        return figures.still(picture(latest["drawing"], walk.value), "The playground")
     pairs = [widgets.HBox(row) for row in ((scale, interval), (sampler, steps), (ema, seed, surprise))]
-    return widgets.VBox([data, label, *pairs, status, widgets.HBox([names, image]), walk])
+    return widgets.VBox([data, label, *pairs, status, image, walk])
