@@ -39,7 +39,7 @@ from ddpm_conditional import guided
 from ddpm_unconditional import SHAPE
 from image_data import load_data
 from utils import ROOT, UserError, pick_device
-from weights import build_model, load_checkpoint
+from weights import build_model, describe_checkpoint, load_checkpoint
 
 EXPERIMENTS = {"name": "PatchUNet", "channels": 1}
 DEFAULT = EXPERIMENTS | SHAPE
@@ -231,9 +231,8 @@ def compare_samplers(name):
             for steps in (5, 10, 20, 50, 100):
                 reached = distance(model, diffusion, sampler=sampler, steps=steps, eta=eta)
                 curve[str(steps)] = {"frechet_distance": reached, "samples": SAMPLES}
-        path = ROOT / f"checkpoints/{checkpoint}.safetensors"
         about = {"name": f"{name}_{checkpoint}", "what": f"Frechet distance of {SAMPLES:,} samples"}
-        yield about | {"checkpoint": path.name, "sha256": utils.sha256(path), "samplers": points}
+        yield about | describe_checkpoint(ROOT / f"checkpoints/{checkpoint}.safetensors") | {"samplers": points}
 
 
 TRAIN, SAMPLE = (plain_training, our_training), (plain_sampling, our_sampling)

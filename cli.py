@@ -1,10 +1,8 @@
 """The command line that ddpm_unconditional.py, ddpm.py and ddpm_conditional.py share: train, sample, publish."""
 
 import argparse
-import csv
 import functools
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +11,12 @@ import torch
 import training
 import utils
 import weights
-from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, beta_schedule, noise_level
-from ddpm_conditional import guided, predictor
+from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, noise_level
+from ddpm_conditional import predictor
 from image_data import DATASETS, decode_image, describe, describe_folder, load_data
 from modules import BLOCKS
 from utils import UserError, natural, number, positive, say
 
-MODELS = {"patch": "PatchUNet", "course": "UNet"}
 SHAPE_FLAGS = ["width", "mults", "depth", "patch", "block", "attention"]  # PatchUNet's
 EPOCHS, BATCH_SIZE = 5, 128
 # Of one's own images there may be few. So many steps of so many images take two cores six minutes at 64 x 64, where
@@ -74,38 +71,33 @@ def add_train_flags(parser, conditional, shape):
     add("--cooldown", type=number(float, 0, 1), default=0.0, metavar="F", help="lower it to 0 over this last share")
     add("--optimizer", choices=list(training.OPTIMIZERS), default="adam", help="optimizer")
     add("--seed", type=natural, default=0, help="of the weights and of every random draw")
-    add("--model", choices=list(MODELS), default="patch", help=f"patch: this project's ({own}); course: the course's")
+    add("--model", choices=["patch", "course"], default="patch", help=f"this project's ({own}), or the course's")
     add("--width", type=number(int, 1, 4096), help="feature maps at the first level")
     add("--mults", type=number(int, 1, 64), nargs="+", help="width of each level, in multiples of --width (patch)")
     add("--depth", type=number(int, 1, 64), nargs="+", help="blocks per level, one number or one each (patch)")
     add("--patch", type=number(int, 1, 64), help="side of the pixel blocks that the network works on (patch)")
     add("--block", choices=list(BLOCKS), help="kind of block (patch)")
     add("--attention", action=argparse.BooleanOptionalAction, help="linear attention at the outer levels (patch)")
-    beta = {"type": number(float, 0, 0.999999), "nargs": "+", "default": [0.995]}
-    add("--ema-beta", dest="ema_betas", **beta, help="one or more averages to keep")
-    add(
-        "--ema-start", type=number(int, 0), help="the average is a plain copy until this step (default: 500; --init: 0)"
-    )
+    beta = number(float, 0, 0.999999)
+    add("--ema-beta", dest="ema_betas", type=beta, nargs="+", default=[0.995], help="one or more averages to keep")
+    add("--ema-start", type=natural, help="the average is a plain copy until this step (default: 500; --init: 0)")
     if conditional:
         add("--p-uncond", type=number(float, 0, 1), default=0.1, help="how often the label is dropped")
         add("--label-dropout", choices=["example", "batch"], default="example", help="one coin per image, or per batch")
     add("--precision", choices=list(utils.PRECISIONS), help="default: the fastest the device really has")
     add("--compile", dest="compiled", action="store_true", help="torch.compile the network")
     add("--accumulate", type=positive, default=1, help="passes per optimizer step: same batch, less memory")
-    add("--sample-every", type=number(int, 0), default=500, help="steps between sample grids; 0: none")
+    add("--sample-every", type=natural, default=500, help="steps between sample grids; 0: none")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--resume", action="store_true", help="go on with an interrupted run; starts one where there is none")
-    init = "start from a checkpoint: its weights and averages, its network's shape, its process"
-    add("--init", type=Path, metavar="CHECKPOINT", help=init)
+    add("--init", type=Path, metavar="CHECKPOINT", help="start from its weights, averages, network and process")
 
 
 def add_sample_flags(parser, conditional):
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a .safetensors, a run's folder or state, the course's .pt")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images, in all")
-    add(
-        "--image-size", type=number(int, 1, 4096), help="side of the images (default: the training's; the course's: 64)"
-    )
+    add("--image-size", type=number(int, 1, 4096), help="side of the images (default: as trained; the course's: 64)")
     add("--sampler", choices=list(SAMPLERS), default="ddim", help="ddpm: ancestral; ddim; dpm: second order")
     steps = ", ".join(f"{name} {sampler.steps or 'all T'}" for name, sampler in SAMPLERS.items())
     add("--steps", type=positive, help=f"network evaluations per image (default: {steps})")
@@ -115,8 +107,7 @@ def add_sample_flags(parser, conditional):
     add("--clip", action=argparse.BooleanOptionalAction, default=True, help="keep the predicted x0 within [-1, 1]")
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged or raw weights (default: averaged if there are)")
     if conditional:
-        labels = "all, none, or classes by name or number, such as cat,dog or 0,1; --n is spread over them"
-        add("--labels", default="all", help=labels)
+        add("--labels", default="all", help="all, none, or classes by name or number, such as cat,dog or 0,1, in turn")
         add("--cfg-scale", type=number(float, 0), default=0.0, help="guidance: 0 (or 1) none")
         add("--cfg-interval", type=natural, nargs=2, metavar=("LOW", "HIGH"), help="guide where LOW <= t <= HIGH only")
     add("--start-from", type=Path, metavar="IMAGE", help="begin with this image, noised, instead of with noise alone")
@@ -135,18 +126,14 @@ def make_model(args, data, start):
     given = {flag: value for flag in SHAPE_FLAGS if (value := getattr(args, flag)) is not None}
     if len(given.get("depth", [])) == 1:
         given["depth"] = given["depth"][0]
-    if start:
-        base = dict(start["model"])
-        if args.model == "course" and base["name"] == "PatchUNet":
-            raise UserError(f"--init {args.init} brings a network of this project: leave --model course out")
-    elif args.model == "course":
+    if args.model == "course":
         base = {"name": "UNet"}
+    elif start:
+        base = dict(start["model"])
     else:
         large = args.data not in DATASETS and data.image_size >= 48 and data.image_size % 16 == 0
         base = {"name": "PatchUNet"} | (OWN_SHAPE if large else args.shape)
     if base["name"] != "PatchUNet":
-        if useless := given.keys() - {"width"}:
-            raise UserError(f"the course's network has a shape of its own: leave --{min(useless)} out")
         base["name"] = "UNet_conditional" if args.conditional else "UNet"
     base.pop("num_classes", None)
     classes = {"num_classes": len(data.classes)} if args.conditional else {}
@@ -158,18 +145,14 @@ def make_config(args, data):
     start = weights.read_checkpoint(args.init)[1] if args.init else None
     diffusion = {"timesteps": 1000, "schedule": "linear", "objective": "simple"} | (start["diffusion"] if start else {})
     diffusion |= {name: value for name in diffusion if (value := getattr(args, name)) is not None}
-    if diffusion["objective"] == "vlb" and args.loss != "l2":
-        raise UserError(f"--objective vlb is defined for --loss l2 only, not {args.loss}")
-    if diffusion["objective"] == args.timestep_sampling == "vlb":
-        raise UserError("--objective vlb and --timestep-sampling vlb would count the bound's weights twice: choose one")
+    if diffusion["objective"] == "vlb" and (args.loss, args.timestep_sampling) != ("l2", "uniform"):
+        raise UserError("--objective vlb goes with --loss l2 and --timestep-sampling uniform only")
     own = args.data not in DATASETS
     batch_size = args.batch_size or (OWN_BATCH_SIZE if own else BATCH_SIZE)
-    steps = max(1, round((args.epochs or EPOCHS) * len(data) / batch_size))
-    if own and not args.epochs:
-        steps = max(steps, OWN_STEPS)
-    init = None
-    if start:  # what the run remembers of it, with the number of images that it had seen
-        init = weights.describe_checkpoint(args.init) | {"images": weights.images_seen(start["train"])}
+    least = OWN_STEPS if own and not args.epochs else 1
+    steps = max(least, round((args.epochs or EPOCHS) * len(data) / batch_size))
+    # what the run remembers of it, with the number of images that it had seen
+    init = weights.describe_checkpoint(args.init) | {"images": weights.images_seen(start["train"])} if start else None
     return {
         "model": make_model(args, data, start),
         "diffusion": diffusion,
@@ -202,14 +185,12 @@ def say_what_to_expect(args, data, config):
     if args.data not in DATASETS and not args.init and data.images.shape[1] == 3 and data.image_size % 8 == 0:
         shipped = "cifar10_conditional" if args.conditional and data.image_size < 48 else "landscapes"
         say(f"a network that knows other photographs learns yours sooner: --init checkpoints/{shipped}.safetensors")
-    timesteps, schedule = config["diffusion"]["timesteps"], config["diffusion"]["schedule"]
-    weights.build_diffusion(config["diffusion"])  # refuses what is out of range
-    left = {name: (1 - beta_schedule(name, timesteps)).prod().item() for name in SCHEDULES}
-    if left[schedule] > 0.01:
-        best = min(left, key=left.__getitem__)
-        advice = f"--schedule {best} leaves {left[best]:.1%}" if best != schedule else "take more --timesteps"
-        share = f"at T = {timesteps} the {schedule} schedule leaves {left[schedule]:.1%} of the image's variance"
-        say(f"{share}, but samples start from pure noise: {advice}")
+    diffusion = weights.build_diffusion(config["diffusion"])  # refuses what is out of range
+    if (left := diffusion.alphas_cumprod[-1].item()) > 0.01:
+        share = (
+            f"at T = {diffusion.timesteps} the {diffusion.schedule} schedule leaves {left:.1%} of the image's variance"
+        )
+        say(f"{share}, but samples start from pure noise: take --schedule cosine, or more --timesteps")
 
 
 def run_train(args):
@@ -234,37 +215,27 @@ def parse_labels(text, n, num_classes, classes=()):
         if text not in ("none", "all"):
             raise UserError("this checkpoint has no classes: leave --labels out")
         return None
-    # a class's name may have commas: then it stands alone or in quotes
-    words = [text] if text in (classes or ()) else next(csv.reader([text], skipinitialspace=True)) or [""]
-    chosen = list(range(num_classes)) if text == "all" else [find_class(word.strip(), classes or ()) for word in words]
-    if wrong := [label for label in chosen if not 0 <= label < num_classes]:
-        raise UserError(f"label {wrong[0]} is out of range: this checkpoint has the classes 0 to {num_classes - 1}")
+    numbers = {str(i): i for i in range(num_classes)}
+    names = dict(zip(classes or numbers, range(num_classes)))
+    known = numbers | {name.casefold(): i for name, i in names.items()} | names
+    words = [text] if text in names else [word.strip() for word in text.split(",")]  # a name may have commas
+    chosen = list(numbers.values()) if text == "all" else [known.get(w, known.get(w.casefold())) for w in words]
+    for word, label in zip(words, chosen):
+        if label is None:
+            wanted = f"all, none, or some of the classes {', '.join(names)}, by name or number (0 to {num_classes - 1})"
+            raise UserError(f"--labels is {wanted}, not {word!r}")
+        if label != numbers.get(word, label):
+            say(f"--labels {word} is the class called {word}, which is number {label}")
     return torch.tensor([chosen[i % len(chosen)] for i in range(n)])
-
-
-def find_class(word, classes):
-    """The label that a class's name, perhaps in another case, or a number means."""
-    for spelling in (str, str.casefold):
-        found = [i for i, name in enumerate(classes) if spelling(name) == spelling(word)]
-        if len(found) == 1:
-            if word.isdecimal() and int(word) != found[0]:
-                say(f"--labels {word} is the class called {word}, which is number {found[0]}")
-            return found[0]
-    if not re.fullmatch("-?[0-9]{1,9}", word):
-        names = f" ({', '.join(classes)})" if classes else ""
-        raise UserError(f"--labels is all, none, or classes by name{names} or number, not {word!r}")
-    return int(word)
 
 
 def run_sample(args):
     suffix, sampler = args.out.suffix, SAMPLERS[args.sampler]
     if suffix not in (".png", ".gif", ".npz"):
         raise UserError(f"--out must end in .png, .gif or .npz, not {args.out.name!r}")
-    if sampler.eta is None and args.eta is not None:
-        others = " or ".join(name for name, row in SAMPLERS.items() if row.eta is not None)
-        raise UserError(f"--eta is for --sampler {others} (DDPM's noise is --variance posterior or beta)")
-    if args.sampler != "ddpm" and args.variance:
-        raise UserError(f"--variance is for --sampler ddpm: {args.sampler}'s noise is --eta")
+    useless, useful = ("eta", "variance") if sampler.eta is None else ("variance", "eta")
+    if getattr(args, useless) is not None:
+        raise UserError(f"--{useless} has no effect on --sampler {args.sampler}, whose noise is --{useful}")
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     kind = {None: None, True: "ema", False: "raw"}[args.ema]
@@ -274,29 +245,27 @@ def run_sample(args):
         diffusion, x_T = begin_at(args.start_from, args.strength, diffusion, args.n, shape, args.seed)
     labels, guidance = choose_guidance(args, model, config)
     options = {name: getattr(args, name) for name in ("seed", "sampler", "clip")}
-    options["steps"] = diffusion.step_count(args.sampler, args.steps)
-    options |= {"eta": noise_level(args.sampler, args.eta), "variance": args.variance or "posterior"}
+    options |= {"steps": diffusion.step_count(args.sampler, args.steps), "eta": noise_level(args.sampler, args.eta)}
+    options["variance"] = args.variance or ("posterior" if sampler.eta is None else None)
     source = {
         **options,
         **weights.describe_checkpoint(args.checkpoint),
         "weights": config["weights"],
-        "variance": options["variance"] if args.sampler == "ddpm" else None,
         "start_from": args.start_from and [args.start_from.name, args.strength],
         "dtype": utils.pick_precision(device),
         **guidance,
     }
     columns = math.ceil(args.n**0.5)
+    eps_models = predictor(model, labels, **guidance)
     with utils.autocast(device):
         if suffix == ".gif":
-            eps_model = guided(model, labels, **guidance)
-            x_ts = diffusion.trajectory(eps_model, shape, range(args.n), x_T=x_T, **options)
+            x_ts = diffusion.trajectory(eps_models(slice(None)), shape, range(args.n), x_T=x_T, **options)
             count = options["steps"] + 1  # with the noise that it starts from
             bar = utils.progress(x_ts, total=count, unit="step", desc="sampling")
             save_denoising_gif((utils.to_uint8(x).cpu() for x in bar), count, args.out, columns)
         else:
             options |= {"batch_size": args.batch_size, "x_T": x_T}
             bar = functools.partial(utils.progress, unit="step", desc="sampling")
-            eps_models = predictor(model, labels, **guidance)
             batches = diffusion.sample_batches(eps_models, args.n, shape, progress=bar, **options)
             images = torch.cat([utils.to_uint8(x) for x in batches])
             if suffix == ".png":
@@ -311,8 +280,7 @@ def choose_guidance(args, model, config):
     labels = parse_labels(getattr(args, "labels", "all"), args.n, model.num_classes, config["data"].get("classes"))
     scale, interval = getattr(args, "cfg_scale", 0.0), getattr(args, "cfg_interval", None)
     if labels is None and scale not in (0, 1):
-        advice = "leave --labels none out" if model.num_classes else "this checkpoint has no classes"
-        raise UserError(f"--cfg-scale {scale:g} needs labels to guide towards: {advice}")
+        raise UserError("--cfg-scale needs labels: leave --labels none out, or take a checkpoint that has classes")
     if interval and (scale in (0, 1) or interval[0] > interval[1]):
         raise UserError("--cfg-interval LOW HIGH goes with a --cfg-scale above 1, and LOW is at most HIGH")
     if scale not in (0, 1) and config["train"].get("p_uncond") == 0:
@@ -325,11 +293,10 @@ def begin_at(path, strength, diffusion, n, shape, seed):
     image = decode_image(path, shape[-1])
     if isinstance(image, str):
         raise UserError(f"--start-from {path} is no readable image: {image}")
-    x0 = utils.to_model(torch.from_numpy(image.copy()).permute(2, 0, 1))
+    x0 = utils.to_model(torch.from_numpy(image.copy()).permute(2, 0, 1)).to(diffusion.betas.device)
     x0 = (x0 if shape[0] == 3 else x0.mean(0, keepdim=True)).expand(n, *shape)
-    noise = torch.stack([torch.randn(shape, generator=utils.generator(seed, i, 1)) for i in range(n)])
+    noise = torch.stack([torch.randn(shape, generator=utils.generator(seed, i, 1)) for i in range(n)]).to(x0.device)
     first = diffusion.shortened(max(1, round(strength * diffusion.timesteps)))
-    x0, noise = x0.to(first.betas.device), noise.to(first.betas.device)
     return first, first.q_sample(x0, torch.full((n,), first.timesteps - 1, device=x0.device), noise)
 
 
@@ -341,7 +308,7 @@ def save_denoising_gif(frames, count, path, columns, scale=2, longest=60):
     """
     shown = np.linspace(0, count - 1, min(longest, count)).round()
     pictures = [utils.image_grid(x, columns, scale=scale) for i, x in enumerate(frames) if i in shown]
-    utils.save_gif(pictures, path, fps=20, hold=1)
+    utils.save_gif(pictures, path)
 
 
 # --- publish ---------------------------------------------------------------------------------------------------------
@@ -351,6 +318,6 @@ def run_publish(args):
     if args.out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, not {args.out.name!r}")
     tensors, config = weights.read_checkpoint(args.checkpoint)
-    states = {kind: weights.select_weights(tensors, kind, config, args.checkpoint) for kind in args.weights}
+    states = {kind: weights.select_weights(tensors, kind, config, args.checkpoint)[1] for kind in args.weights}
     weights.save_checkpoint(args.out, states, config, tensors.get("losses"), half=True)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from utils import UserError, generator, look_up
+from utils import UserError, command_line, generator, look_up
 
 BETA_START, BETA_END = 1e-4, 0.02  # chosen by Ho et al. for T = 1000
 MAX_TIMESTEPS = 100_000
@@ -223,28 +223,17 @@ class Diffusion:
         return x0, eps
 
     @torch.inference_mode()
-    def trajectory(
-        self,
-        eps_model,
-        shape,
-        indices,
-        seed=0,
-        sampler="ddim",
-        steps=None,
-        eta=None,
-        variance="posterior",
-        clip=True,
-        x_T=None,
-    ):
+    def trajectory(self, eps_model, shape, indices, seed=0, sampler="ddim", steps=None, eta=None, x_T=None, **options):
         """Yield every x_t (N x C x H x W) of the images numbered `indices`; image i's noise depends on (seed, i) alone.
 
         shape is C x H x W; x_T replaces the starting noise; steps, eta: None is the sampler's default (see `SAMPLERS`).
+        options: the sampler's `variance` and `clip`.
         """
         draw = ImageNoise(seed, indices, shape, self.betas.device)
         x = draw() if x_T is None else x_T.to(self.betas.device)
         steps, eta = self.step_count(sampler, steps), noise_level(sampler, eta)
         run = SAMPLERS[sampler].function
-        yield from run(self, eps_model, x, draw, steps, eta=eta, variance=variance, clip=clip)
+        yield from run(self, eps_model, x, draw, steps, eta=eta, **options)
 
     def step_count(self, sampler, steps=None):
         """How many steps a sampler takes: `steps`, or its default where that is None."""
@@ -265,10 +254,9 @@ class Diffusion:
         steps = self.step_count(options.get("sampler", "ddim"), options.get("steps"))
         bar = progress(total=steps * len(firsts)) if progress else None
         for first in firsts:
-            part = slice(first, min(first + batch_size, n))
+            part = slice(first, first + batch_size)
             start = None if x_T is None else x_T[part]
-            indices = range(part.start, part.stop)
-            for i, x in enumerate(self.trajectory(predictor(part), shape, indices, x_T=start, **options)):
+            for i, x in enumerate(self.trajectory(predictor(part), shape, range(n)[part], x_T=start, **options)):
                 if bar is not None and i > 0:
                     bar.update()
             yield x.float().cpu()
@@ -291,11 +279,11 @@ class ImageNoise:
 # --- samplers ------------------------------------------------------------------------------------------------------
 # A sampler is a generator that yields every x_t: first the noise x it starts from, last the sample. `draw()` returns
 # fresh standard normal noise. Each step goes from a timestep t to the next, s; the last to s = -1, the clean image.
-# Options that a sampler has no use for end in `unused`.
+# All take eta, variance and clip, also where they have no use for one.
 
 
 # Homework TODO 750 and 758: sampling, one step and the loop
-def ddpm_sampler(diffusion, eps_model, x, draw, steps, variance="posterior", clip=True, **unused):
+def ddpm_sampler(diffusion, eps_model, x, draw, steps, variance="posterior", clip=True, eta=None):
     """Ancestral sampling, Ho algorithm 2: x_{t-1} ~ N(posterior mean at the predicted x0, sigma_t^2).
 
     variance "posterior" is the posterior's, "beta" is beta_t: Ho section 3.2's two choices. With fewer steps than T it
@@ -313,7 +301,7 @@ def ddpm_sampler(diffusion, eps_model, x, draw, steps, variance="posterior", cli
         yield x
 
 
-def ddim_sampler(diffusion, eps_model, x, draw, steps, eta=0.0, clip=True, **unused):
+def ddim_sampler(diffusion, eps_model, x, draw, steps, eta=0.0, clip=True, variance=None):
     """Song et al. 2021 (arXiv 2010.02502), eq. 12: eta = 0 is deterministic, eta = 1 has the DDPM's noise."""
     yield x
     for t, s in pairwise([*diffusion.even_timesteps(steps), -1]):
@@ -326,7 +314,7 @@ def ddim_sampler(diffusion, eps_model, x, draw, steps, eta=0.0, clip=True, **unu
         yield x
 
 
-def dpm_sampler(diffusion, eps_model, x, draw, steps, eta=1.0, clip=True, **unused):
+def dpm_sampler(diffusion, eps_model, x, draw, steps, eta=1.0, clip=True, variance=None):
     """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095): second order, so that a few steps are enough.
 
     eta = 0 solves the deterministic equation (their algorithm 2), eta = 1 the stochastic one, which corrects errors of
@@ -379,6 +367,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from utils import command_line
-
     command_line(main)

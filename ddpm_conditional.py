@@ -69,8 +69,7 @@ def main(argv=None):
     import evaluate
 
     parser, commands = cli.make_parser(__doc__.splitlines()[0], "cifar10", SHAPE, conditional=True)
-    about = "measure quality against the guidance scale, with raw and averaged weights"
-    evaluate.add_sweep_flags(commands.add_parser("sweep", help=about))
+    evaluate.add_sweep_flags(commands.add_parser("sweep", help="measure quality against the guidance scale"))
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.typed = shlex.join(["python", "ddpm_conditional.py", *argv])

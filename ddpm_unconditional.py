@@ -113,7 +113,7 @@ def measure(name, folder, data, n, device):
     """Publish a finished run as half-precision EMA weights, and measure exactly those: folder/result.json."""
     tensors, config = read_checkpoint(folder / "model.safetensors")
     path, losses = folder / "ema.safetensors", tensors["losses"]
-    save_checkpoint(path, {"ema": select_weights(tensors, "ema", config)}, config, losses, half=True)
+    save_checkpoint(path, {"ema": select_weights(tensors, "ema", config)[1]}, config, losses, half=True)
     model, diffusion, _ = load_checkpoint(path, device=utils.pick_device(device))
     size = config["data"]["image_size"]
 

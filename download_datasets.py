@@ -14,34 +14,29 @@ import os
 import re
 import shutil
 import socket
-import ssl
 import sys
 import tarfile
 import tempfile
+import traceback
 import zipfile
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import requests
 
 import utils
-from image_data import DATASETS, DataSet, is_image, load_data
+from image_data import DATASETS, DataSet, files_below, is_image, load_data
 from utils import ArgumentParser, UserError, command_line, progress, say
 from weights import load_checkpoint
 
-PROGRAM = "python download_datasets.py"
-MNIST_FILE = r".*-idx[13]-ubyte(\.gz)?|(train|test).*\.parquet"
 COURSE_FOLDER = "https://drive.google.com/drive/folders/1beUSI-edO98i6J9pDR67BKGCfkzUL5DX"
 COURSE_CHECKPOINTS = ("unconditional_ckpt.pt", "conditional_ckpt.pt", "conditional_ema_ckpt.pt")
 NO_TOKEN = (
     "no Kaggle token that works: (1) sign in at https://www.kaggle.com/settings/api, (2) click Generate New Token, (3) "
     "save it as ~/.kaggle/access_token (Python 3.10: a legacy API key, as kaggle.json) and run `chmod 600` on that file"
 )
-TRUST = (
-    "where a company or a proxy signs, let SSL_CERT_FILE and REQUESTS_CA_BUNDLE name its .pem file; with Python from "
-    "python.org on macOS run its `Install Certificates.command`; if it has expired, look at this computer's clock"
-)
+TRUST = "let SSL_CERT_FILE and REQUESTS_CA_BUNDLE name your network's certificates (README.md says more)"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,8 +44,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", choices=[*DATASETS, "checkpoints"])
     parser.add_argument("--from", dest="source", type=Path, metavar="PATH", help="an archive or folder that you have")
     args = parser.parse_args(argv)
-    if args.source is not None and not args.source.exists():
-        raise UserError(f"--from {args.source}: there is no such file or folder")
     socket.setdefaulttimeout(30)  # for libraries that set none
     if args.name == "checkpoints":
         get_checkpoints(args.source)
@@ -83,21 +76,17 @@ def get_data(name: str, given: Path | None) -> None:
 
 def arrange(source: Path, images: Path, name: str) -> None:
     """Bring `source` into a layout that is read: MNIST's files, CIFAR-10's batches, or folders of images."""
-    row, files = DATASETS[name], [file for file in source.rglob("*") if file.is_file()]
+    row, files = DATASETS[name], [source / file for file in files_below(source)]
     batches = [file.parent for file in files if file.name == "data_batch_1"]
     if row.classes:
         images.mkdir()
         for file in files:
-            if re.fullmatch(MNIST_FILE, file.name):
-                file.replace(images / file.name)
-        if not any(images.iterdir()):
-            raise UserError(f"found neither the IDX files of {row.title} nor train*.parquet and test*.parquet")
+            file.replace(images / file.name)
     elif batches:  # CIFAR-10 as its authors and torchvision have it
         images.mkdir()
         batches[0].rename(images / "cifar-10-batches-py")
     else:
-        shown = [file for file in files if not re.search(r"(^|/)(\.|__MACOSX)", file.relative_to(source).as_posix())]
-        found = Path(os.path.commonpath([file.parent for file in shown if is_image(file)] or [source]))
+        found = Path(os.path.commonpath([file.parent for file in files if is_image(file)] or [source]))
         if row.flat and not any(entry.is_dir() for entry in found.iterdir()):
             images.mkdir()
             images /= name  # one class, called after the data set
@@ -126,10 +115,9 @@ def get_checkpoints(given: Path | None) -> None:
         files = {file.name: file for file in source.rglob("*.pt") if file.name in missing}
         if not files:
             raise UserError(f"found none of {', '.join(missing)} in {given or COURSE_FOLDER}")
-        for file in files.values():
-            load_checkpoint(file)
-        target.mkdir(exist_ok=True)
         for name, file in files.items():
+            load_checkpoint(file)
+            target.mkdir(exist_ok=True)
             os.replace(file, target / name)
             print(f"wrote {target / name}")
     for name in sorted(set(missing) - set(files)):
@@ -152,7 +140,8 @@ def obtained(name: str, target: Path, given: Path | None, sources: dict, page: s
             if given is not None:
                 unpack(given, Path(folder, "source"))
             else:
-                fetch(sources, Path(folder), f"download {page} in a browser and run `{PROGRAM} {name} --from PATH`")
+                by_hand = f"download {page} in a browser and run `python download_datasets.py {name} --from PATH`"
+                fetch(sources, Path(folder), by_hand)
             yield Path(folder, "source")
         except UserError as error:
             raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from error
@@ -178,11 +167,8 @@ def why_failed(error: BaseException, secret: bool) -> str:
     """What a download library raised, without its words where they may hold a secret."""
     if isinstance(error, UserError):
         return str(error)
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
-        cause = cause.__cause__ or cause.__context__
-    if cause is not None:
-        return f"the server's certificate is not trusted ({cause.verify_message}): {TRUST}"
+    if untrusted := re.search(r"certificate verify failed: ([^(]+) \(", "".join(traceback.format_exception(error))):
+        return f"the server's certificate is not trusted ({untrusted[1]}): {TRUST}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     detail = f", HTTP status {status}" if status else "" if secret else f": {error}"
     return f"the download failed ({type(error).__name__}{detail})"
@@ -247,8 +233,7 @@ def from_kaggle(row: DataSet, folder: Path) -> None:
             raise
         except (Exception, SystemExit) as error:
             raise UserError(NO_TOKEN) from error
-        kaggle.api.dataset_download_files(row.kaggle, path=str(folder / "kaggle"), quiet=False)
-    unpack(folder / "kaggle" / (row.kaggle.split("/")[1] + ".zip"), folder / "source")
+        kaggle.api.dataset_download_files(row.kaggle, path=str(folder / "source"), quiet=False, unzip=True)
 
 
 # the columns of image_data.DATASETS that say where a data set is fetched from
@@ -274,33 +259,29 @@ def unpack(source: Path, folder: Path) -> None:
             with zipfile.ZipFile(source) as zipped:
                 for info in zipped.infolist():
                     info.filename = info.filename.replace("\\", "/")  # some programs for Windows write it so
-                check_members(source, {info.filename: info.file_size for info in zipped.infolist()}, folder)
+                check_members(source, [(info.filename, info.file_size, True) for info in zipped.infolist()], folder)
                 zipped.extractall(folder, zipped.infolist())
         elif tarfile.is_tarfile(source):
             with tarfile.open(source) as archive:
-                check_members(source, {info.name: info.size for info in archive}, folder)
-                if special := [info.name for info in archive if not info.isdir() and not info.isfile()]:
-                    raise UserError(f"{source} is refused: its member {special[0]} is a link or a device")
+                members = [(info.name, info.size, info.isdir() or info.isfile()) for info in archive]
+                check_members(source, members, folder)
                 archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not before Python 3.10.12
                 archive.extractall(folder)
         else:
-            what = "neither a folder nor a zip or tar archive, or it ends early"
-            with open(source, "rb") as file:
-                if file.read(100).lstrip().startswith(b"<"):
-                    what = "a web page: the download was refused, so open its address in a browser"
-            raise UserError(f"{source} is {what}")
+            raise UserError(f"{source} is neither a folder nor a zip or tar archive, or ends early: is it a web page?")
     except Exception as error:  # damaged bytes make zipfile, tarfile and the decompressors raise all kinds of errors
         if isinstance(error, UserError) or getattr(error, "errno", None) not in (None, errno.EINVAL):  # of the disk
             raise
         raise UserError(f"{source} cannot be unpacked: it is damaged or ends early ({error})") from error
 
 
-def check_members(source: Path, sizes: dict[str, int], folder: Path) -> None:
-    """Raise UserError for a member that would land outside of `folder`, and where all would not fit on the disk."""
-    for name in sizes:
-        if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match("[A-Za-z]:", name):
-            raise UserError(f"{source} is refused: its member {name!r} would land outside of the target")
-    need, free = sum(sizes.values()), shutil.disk_usage(folder.parent).free
+def check_members(source: Path, members: list[tuple[str, int, bool]], folder: Path) -> None:
+    """Of each: its name, its size, and whether it is a plain file or folder. Raises UserError as `unpack` says."""
+    for name, _, plain in members:
+        path = PureWindowsPath(name)  # it knows all separators and drives
+        if not plain or path.anchor or ".." in path.parts:
+            raise UserError(f"{source} is refused: its member {name!r} is a link or a device, or would land outside")
+    need, free = sum(size for _, size, _ in members), shutil.disk_usage(folder.parent).free
     if need > free:
         raise UserError(f"{source} needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left")
 

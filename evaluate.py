@@ -1,18 +1,15 @@
 """How good samples are: Frechet and kernel distance, precision and recall, label agreement; bits/dim and noise error.
 
-    python evaluate.py SAMPLES --data NAME            compare samples with the test split of a data set
-    python evaluate.py copying SAMPLES --data NAME    are they nearer to training images than to test images?
-    python evaluate.py sanity --data NAME             do the measures order real, damaged and memorised images rightly?
-    python evaluate.py noise-error CHECKPOINT         a model's held-out error of the predicted noise, against t
-    python evaluate.py likelihood CHECKPOINT          a model's variational bound in bits/dim
-    python evaluate.py train-features NAME            train the classifier in whose features samples are measured
+    python evaluate.py SAMPLES --data NAME
 
-SAMPLES is an .npz or .npy of this or another program, or a folder of pictures. Distances mean something only between
-equal sample counts, the same features and the same reference: every result records all three. The feature classifiers
-and what they say about the real images are in checkpoints/, so comparing samples needs no data set.
+SAMPLES, an .npz or .npy of this or another program or a folder of pictures, is compared with the test split of a data
+set. Distances mean something only between equal sample counts, the same features and the same reference: every result
+records all three. The feature classifiers and what they say about the real images are in checkpoints/, so comparing
+samples needs no data set.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -20,7 +17,6 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -83,23 +79,17 @@ def kid(a: torch.Tensor, b: torch.Tensor, seed: int = 0, blocks: int = 10) -> di
 
 
 def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
-    def kernel(u, v):
-        return (u @ v.T / u.shape[1] + 1) ** 3
-
-    def off_diagonal_mean(k):
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
-
-    return (off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean()).item()
+    xx, yy, xy = ((u @ v.T / u.shape[1] + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
+    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (xx, yy)]  # without the pairs (u, u)
+    return (sum(within) - 2 * xy.mean()).item()
 
 
-def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: int = 1000) -> tuple[float, float]:
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: int = 1000) -> dict:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), features N x D and M x D.
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour in the
     set. Precision: the share of fake points in the real manifold; recall: of real points in the fake one.
     """
-    if min(len(real), len(fake)) <= k:
-        raise UserError(f"precision and recall with k = {k} need more than {k} samples of each kind")
     real, fake = real.double(), fake.double()
 
     def share_inside(points, manifold):
@@ -108,43 +98,43 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: 
         inside = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(chunk)]
         return torch.cat(inside).double().mean().item()
 
-    return share_inside(fake, real), share_inside(real, fake)
+    return {"precision": share_inside(fake, real), "recall": share_inside(real, fake)}
 
 
-def label_agreement(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
-    """How often the classifier names the label asked for, in all and for each class."""
-    outside = labels[(labels < 0) | (labels >= len(classes))]
-    if len(outside):
-        raise UserError(f"label {outside[0]} is out of range: the classifier knows the labels 0 to {len(classes) - 1}")
-    agrees = (logits.argmax(1) == labels).double()
-    per_class = {classes[label]: agrees[labels == label].mean().item() for label in labels.unique().tolist()}
-    return {"agreement": agrees.mean().item(), "standard_error": share_error(agrees), "per_class": per_class}
+def label_agreement(logits: torch.Tensor, labels: torch.Tensor | list[str], classes: list[str]) -> dict:
+    """How often the classifier names the label asked for, in all and for each class.
+
+    labels: int64, N; or the names of class folders, each a class's or its number. Raises UserError.
+    """
+    known: dict = {key: i for i in range(len(classes)) for key in (i, str(i))}
+    known |= {name: i for i, name in enumerate(classes)}
+    names = labels if isinstance(labels, list) else labels.tolist()
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"the samples' label {unknown[0]!r} is none of the {len(classes)} classes {', '.join(classes)}")
+    asked = torch.tensor([known[name] for name in names])
+    agrees = (logits.argmax(1) == asked).double()
+    per_class = {classes[label]: agrees[asked == label].mean().item() for label in asked.unique().tolist()}
+    error = standard_error(agrees, correction=0)
+    return {"agreement": agrees.mean().item(), "standard_error": error, "per_class": per_class}
 
 
 # --- samples against a data set -----------------------------------------------------------------------------------
 
 
-def standard_error(x: torch.Tensor) -> float:
-    return x.std().item() / math.sqrt(len(x))
-
-
-def share_error(hits: torch.Tensor) -> float:
-    """The binomial standard error of a share: the mean of zeros and ones."""
-    return math.sqrt(hits.mean().item() * (1 - hits.mean().item()) / len(hits))
+def standard_error(x: torch.Tensor, correction: int = 1) -> float:
+    """Of the mean of x (N); correction=0 for zeros and ones, whose mean is a share: the binomial error."""
+    return x.std(correction=correction).item() / math.sqrt(len(x))
 
 
 def check_count(count: int, dimensions: int) -> None:
     if count <= dimensions:
-        meaningless = f"{count} samples do not determine the covariance of {dimensions} features"
-        raise UserError(f"{meaningless}: for a Frechet distance make at least {dimensions + 1}, better 5,000")
+        raise UserError(f"{count} samples are too few for {dimensions} features: make at least {dimensions + 1}")
 
 
 def compare(x: torch.Tensor, reference: dict[str, torch.Tensor], seed: int = 0, draws: int = 100) -> dict:
     """All distances between samples' features and a reference; without Frechet's where too few images are held out."""
     mu, cov, test = reference["test_mean"], reference["test_cov"], reference["test_features"].float()
     check_count(*x.shape)
-    if not x.isfinite().all():
-        raise UserError("the samples' features are not finite numbers")
     result: dict = {}
     if len(test) > len(mu):
         result["frechet_distance"] = frechet(*statistics(x), mu, cov)
@@ -158,8 +148,8 @@ def compare(x: torch.Tensor, reference: dict[str, torch.Tensor], seed: int = 0, 
     pairs = min(len(x), len(test))
     g = generator(seed, 1)
     some_x, some_test = (a[torch.randperm(len(a), generator=g)[:pairs]] for a in (x, test))
-    precision, recall = precision_recall(some_test, some_x)
-    result |= {"kernel_distance": kid(x, test, seed), "precision": precision, "recall": recall}
+    result["kernel_distance"] = kid(x, test, seed)
+    result |= precision_recall(some_test, some_x)
     return result | {"precision_recall_settings": {"k": 3, "count": pairs, "seed": seed}}
 
 
@@ -175,31 +165,13 @@ def evaluate_samples(images, labels=None, data_name="fashion_mnist", features_na
     own, image_size = net.name == Path(data_name).name, images.shape[-1]
     images = images if own else features.shrink(net, images)
     features.check_shape(net, images)
-    check_count(len(images), net.head.in_features)
-    reference, facts = features.load_reference(data_name, net, image_size, labels is not None)
+    reference, about = features.load_reference(data_name, net, image_size)
     x, logits = features_of(net, images)
     result = {"samples": len(images), "image_size": image_size, "data": Path(data_name).name}
-    result |= made_from(net, facts) | compare(x, reference, seed, draws)
+    result |= about | compare(x, reference, seed, draws)
     if labels is not None and own:
-        result["labels"] = label_agreement(logits, class_indices(labels, net.classes), net.classes)
+        result["labels"] = label_agreement(logits, labels, net.classes)
     return result
-
-
-def made_from(net: FeatureNet, facts: dict) -> dict:
-    """What a distance was measured with: the reference and the classifier."""
-    reference = {"split": "test", "images": facts["test_images"], "sha256": facts["sha256"]}
-    about = {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256}
-    return {"reference": reference, "features": about}
-
-
-def class_indices(labels, classes: list[str]) -> torch.Tensor:
-    """int64 N from numbers, or from the names of class folders: a class's, or its number's. Raises UserError."""
-    if isinstance(labels, list):
-        known = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
-        if unknown := sorted({name for name in labels if name not in known}):
-            raise UserError(f"the samples' folder {unknown[0]!r} is none of the classes {', '.join(classes)}")
-        labels = [known[name] for name in labels]
-    return torch.as_tensor(labels).long()
 
 
 def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, network=2048) -> dict:
@@ -264,7 +236,7 @@ def copying(samples: torch.Tensor, train: ImageData, test: ImageData, seed: int 
         some = data.images[torch.randperm(len(data), generator=g)[:count].sort().values]
         distances.append(nearest_neighbours(samples, dataclasses.replace(data, images=some))[1][:, 0])
     nearer = (distances[0] < distances[1]).double()
-    result = {"share_of_training_images": nearer.mean().item(), "standard_error": share_error(nearer)}
+    result = {"share_of_training_images": nearer.mean().item(), "standard_error": standard_error(nearer, correction=0)}
     return result | {"images_of_each": count, "seed": seed}
 
 
@@ -278,8 +250,6 @@ def model_images(data_name: str | None, config: dict, count: int) -> tuple[torch
         raise UserError(f"the model was trained on {name or 'data without a name'}: say where it is with --data")
     channels, classes = config["model"].get("channels", 3), config["model"].get("num_classes")
     _, data = features.load_splits(name, config["data"]["image_size"], channels, labels=bool(classes))
-    if (there := data.images.shape[1]) != channels:
-        raise UserError(f"the model's images have {channels} channels, those of {name} {there}: give another --data")
     if not 2 <= count <= len(data):
         raise UserError(f"--n must be between 2 and the number of test images of {name}, {len(data):,}, not {count:,}")
     if classes and (len(data.classes) != classes or config["data"].get("classes", data.classes) != data.classes):
@@ -296,7 +266,7 @@ def stratified_timesteps(first: int, last: int, count: int, g: torch.Generator) 
     return t[torch.randperm(count, generator=g)]
 
 
-def predictions(model, diffusion, images, labels, edges: list[int], seed: int, batch_size: int) -> Iterator[tuple]:
+def predictions(model, diffusion, images, labels, edges: list[int], seed: int, batch_size: int):
     """Noise each image once in each range of t; yields the range's (first, last), t, the noise and its prediction."""
     for i, (first, last) in enumerate(progress(list(zip(edges[:-1], edges[1:], strict=True)), unit="range of t")):
         g = generator(seed, i)
@@ -379,8 +349,6 @@ def variational_bound(model, diffusion, images: torch.Tensor, labels=None, clip=
         row = {"t_from": first, "t_to": last - 1, "bits_per_dim_per_step": terms.mean().item()}
         per_range.append(row | {"standard_error": standard_error(terms)})
         totals += (last - first) * terms
-    if not totals.isfinite().all():
-        raise UserError("the bound is not finite: the model's predictions are too far off")
     result = {"bits_per_dim": totals.mean().item(), "standard_error": standard_error(totals)}
     result |= {"L_T": prior.mean().item(), "L_0": per_range[0]["bits_per_dim_per_step"]}
     result["sum_of_L_t"] = sum(r["bits_per_dim_per_step"] * (r["t_to"] - r["t_from"] + 1) for r in per_range[1:])
@@ -395,7 +363,7 @@ def timestep_ranges(timesteps: int) -> list[int]:
     return edges
 
 
-# --- quality against the guidance scale ---------------------------------------------------------------------------
+# --- many sets of samples: against the guidance scale; the measures' own sanity -----------------------------------
 
 
 def interval(text: str) -> list[int] | None:
@@ -403,8 +371,6 @@ def interval(text: str) -> list[int] | None:
     if text == "none":
         return None
     low, high = map(int, text.split("-"))
-    if low > high:
-        raise argparse.ArgumentTypeError(f"{text} is not an interval of timesteps, such as 200-700")
     return [low, high]
 
 
@@ -434,8 +400,8 @@ def run_sweep(args) -> None:
     if model.num_classes is None:
         raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
     diffusion.check_steps(args.steps)
-    if any(where and where[0] >= diffusion.timesteps for where in args.intervals):
-        raise UserError(f"--intervals must begin below the model's {diffusion.timesteps} timesteps")
+    if any(where and where[0] > min(where[1], diffusion.timesteps - 1) for where in args.intervals):
+        raise UserError(f"--intervals must rise and begin below the model's {diffusion.timesteps} timesteps")
     data_name, shape = args.data or config["data"].get("name"), image_shape(model, config)
     if data_name is None:
         raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")
@@ -469,44 +435,37 @@ def run_sweep(args) -> None:
 
 def earlier_rows(path: Path, result: dict) -> list[dict]:
     """The rows that the same command, interrupted, wrote to `path`. Raises UserError."""
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         earlier = json.loads(path.read_text())
         if (earlier["command"], earlier["sha256"]) == (result["command"], result["sha256"]):
             return earlier["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a result of this command: use another --out") from error
-    raise UserError(f"{path} was measured with other settings or weights: delete it, or use another --out")
-
-
-# --- sanity ----------------------------------------------------------------------------------------------------------
+    raise UserError(f"{path} is of another command, or of other settings or weights: delete it, or use another --out")
 
 
 def sanity(data_name: str, seed: int = 0, n: int = 5000) -> dict:
     """Every measure on real, damaged, mode-dropped and memorised images, and the Frechet distance against the count."""
     net = features.load_features(data_name)
     train, test = features.load_splits(data_name, labels=True)
-    reference, facts = features.load_reference(data_name, net)
+    reference, about = features.load_reference(data_name, net)
     n, g = min(n, len(train)), generator(seed)
     order = torch.randperm(len(train), generator=g)
     assert train.labels is not None
     x, labels = train.images[order[:n]], train.labels[order]
     sets = {"test": test.images[torch.randperm(len(test), generator=generator(seed, 1))[:n]], "train": x}
     for sigma in (0.5, 1.0, 2.0):
-        blurred = gaussian_blur(x.float(), 2 * math.ceil(3 * sigma) + 1, sigma)
-        sets[f"blurred {sigma:g} px"] = blurred.round().to(torch.uint8)
+        sets[f"blurred {sigma:g} px"] = gaussian_blur(x.float(), 2 * math.ceil(3 * sigma) + 1, sigma)
     for sigma in (0.05, 0.1, 0.2, 0.4):  # in the units of [-1, 1]
-        noised = x + 127.5 * sigma * torch.randn(x.shape, generator=g)
-        sets[f"noised {sigma:g}"] = noised.round().clamp(0, 255).to(torch.uint8)
+        sets[f"noised {sigma:g}"] = x + 127.5 * sigma * torch.randn(x.shape, generator=g)
     for distinct in (n // 50, n // 10):
         sets[f"memorised {distinct} images"] = x[torch.arange(n) % distinct]
     for dropped in (k for k in (1, 3, 5) if k < len(train.classes)):  # as many images, of the classes that are left
         sets[f"without {dropped} of {len(train.classes)} classes"] = train.images[order[labels >= dropped][:n]]
     sets["noise only"] = torch.randint(256, x.shape, generator=g, dtype=torch.uint8)
-    rows = [
-        {"name": name, "count": len(some), **compare(features_of(net, some)[0], reference, seed)}
-        for name, some in sets.items()
-    ]
-    result = {"data": net.name, "seed": seed, "sets": rows, **made_from(net, facts)}
+    rows = []
+    for name, some in sets.items():
+        some_x, _ = features_of(net, some.round().clamp(0, 255).to(torch.uint8))
+        rows.append({"name": name, "count": len(some), **compare(some_x, reference, seed)})
+    result = {"data": net.name, "seed": seed, "sets": rows, **about}
     result["features"]["test_accuracy"] = net.test_accuracy
     return result | {"curve": count_curve(features_of(net, train.images)[0], reference, seed)}
 
@@ -515,16 +474,14 @@ def count_curve(x: torch.Tensor, reference: dict, seed: int, repeats: int = 10) 
     """Training images' features x against the test split, by their number: the floor of the Frechet distance, mean and
     spread over subsets; precision and recall of the first subset."""
     test, curve = reference["test_features"].float(), []
-    for count in (200, 500, 1000, 2000, 5000, 10_000, 20_000):
-        if not x.shape[1] < count <= len(x):
-            continue
+    counts = (200, 500, 1000, 2000, 5000, 10_000, 20_000)
+    for count in (c for c in counts if x.shape[1] < c <= len(x)):
         subsets = [x[torch.randperm(len(x), generator=generator(seed, count, i))[:count]] for i in range(repeats)]
         distances = [frechet(*statistics(some), reference["test_mean"], reference["test_cov"]) for some in subsets]
         pairs = min(count, len(test))
         some_test = test[torch.randperm(len(test), generator=generator(seed, count))[:pairs]]
-        precision, recall = precision_recall(some_test, subsets[0][:pairs])
         spread = {"mean": mean(distances), "standard_deviation": stdev(distances)}
-        curve.append({"count": count, "repeats": repeats, **spread, "precision": precision, "recall": recall})
+        curve.append({"count": count, "repeats": repeats, **spread, **precision_recall(some_test, subsets[0][:pairs])})
     return curve
 
 
@@ -552,17 +509,13 @@ def run_model(measure, args) -> dict:
     return describe_checkpoint(args.checkpoint) | about | result
 
 
-def run_features(args) -> dict:
-    return features.train_features(args.name, args.seed)
-
-
 COMMANDS = {
     "samples": (run_samples, "compare samples with a data set's test split (`samples` may be left out)"),
     "copying": (run_samples, "the share of training images among the samples' nearest neighbours"),
     "sanity": (lambda args: sanity(args.data, args.seed), "do the measures order real and damaged images rightly?"),
     "noise-error": (lambda args: run_model(noise_error, args), "squared error of the predicted noise on test images"),
     "likelihood": (lambda args: run_model(variational_bound, args), "variational bound on test images, in bits/dim"),
-    "train-features": (run_features, "train a data set's feature classifier and store references"),
+    "train-features": (lambda args: features.train_features(args.name, args.seed), "train a feature classifier"),
 }
 
 

@@ -3,11 +3,8 @@
 import hashlib
 import json
 import math
-import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -18,7 +15,7 @@ from weights import load_state, read_tensors, save_state, save_tensors
 
 CHECKPOINTS = ROOT / "checkpoints"
 # a feature classifier's network and training; the data set's row in DATASETS may have other values
-DEFAULT_RECIPE: dict[str, Any] = {
+DEFAULT_RECIPE: dict = {
     "widths": [32, 64, 128],
     "depths": [1, 1],
     "mirror": False,
@@ -26,10 +23,6 @@ DEFAULT_RECIPE: dict[str, Any] = {
     "label_smoothing": 0.05,
     "cycles": [{"epochs": 16, "learning_rate": 0.1, "weight_decay": 5e-4, "shift": 2, "flip": True}],
 }
-FIXED_TRAIN = 10_000  # training images whose features are kept
-
-
-# --- the feature classifier ---------------------------------------------------------------------------------------
 
 
 class ResidualBlock(nn.Module):
@@ -108,16 +101,14 @@ def train_features(name: str, seed: int = 0) -> dict:
     if name == "fashion_mnist" and len(train) < 60_000:
         raise UserError("the shipped sample is too small: run `python download_datasets.py fashion_mnist` first")
     recipe = DEFAULT_RECIPE | (DATASETS[name].recipe if name in DATASETS else {})
-    if len(train) < (least := recipe["batch_size"]):
-        raise UserError(f"{len(train)} training images are too few for a classifier: it needs {least} or more")
-    if len(train.classes) < 2:
-        raise UserError(f"{name} has one class only, so there is nothing to train a classifier on")
+    if len(train) < (least := recipe["batch_size"]) or len(train.classes) < 2:
+        raise UserError(f"{name} is too little for a classifier: that needs {least} training images and two classes")
     shape = {"channels": train.images.shape[1], "image_size": train.image_size, "classes": len(train.classes)}
     architecture = shape | {key: recipe[key] for key in ("widths", "depths", "mirror")}
     torch.manual_seed(seed)
     net = FeatureNet(**architecture).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, nesterov=True)
-    facts: dict[str, Any] = {"data": name, "folder": describe_folder(name), "seed": seed}
+    facts: dict = {"data": name, "folder": describe_folder(name), "seed": seed}
     facts |= {"architecture": architecture, "recipe": recipe}
     identity, history = json.dumps([facts, len(train)]), []
     states = ROOT / f"runs/features_{Path(name).name}"
@@ -129,17 +120,15 @@ def train_features(name: str, seed: int = 0) -> dict:
         say(f"going on after epoch {len(history)}")
     epochs = [(cycle, i / cycle["epochs"]) for cycle in recipe["cycles"] for i in range(cycle["epochs"])]
     for epoch in range(len(history), len(epochs)):
-        start = time.perf_counter()
         loss = train_epoch(net, optimizer, train, recipe, *epochs[epoch], seed, epoch)
-        measured = {"epoch": epoch + 1, "loss": loss, "test_accuracy": accuracy(net, test)}
-        history.append(measured | {"seconds": round(time.perf_counter() - start, 1)})
+        history.append({"epoch": epoch + 1, "loss": loss, "test_accuracy": accuracy(net, test)})
         say(json.dumps(history[-1]))
         state = {"identity": identity, "step": epoch + 1, "history": history}
         save_state(states, state | {"net": net.state_dict(), "optimizer": optimizer.state_dict()})
-    net.half().float()  # from here on exactly what the file will hold
+    weights = net.half().state_dict()
+    net.float()  # from here on exactly what the file will hold
     facts |= {"classes": train.classes, "history": history, "precision": pick_precision("cpu")}
     facts["test_accuracy"] = accuracy(net, test)
-    weights = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
     save_tensors(weights_path, weights, facts)
     counts = {"train_images": len(train), "test_images": len(test), "features_sha256": sha256(weights_path)}
     save_tensors(reference_path, make_reference(net, train, test), {"data": Path(name).name} | counts)
@@ -147,18 +136,11 @@ def train_features(name: str, seed: int = 0) -> dict:
     return facts
 
 
-def load_splits(
-    name: str | Path, image_size: int | None = None, channels: int | None = None, labels: bool = False
-) -> tuple[ImageData, ImageData]:
-    """The training and the test images, none kept larger for random crops. Says what was read.
-
-    channels: of own images; built-in data has its own.
-    """
-    channels = None if str(name) in DATASETS else channels
+def load_splits(name: str | Path, image_size=None, channels=None, labels=False) -> tuple[ImageData, ImageData]:
+    """The training and the test images (see `load_data`), none kept larger for random crops. Says what was read."""
     train, test = (load_data(name, split, image_size, channels, labels) for split in ("train", "test"))
     say(describe(train, test, labels))
-    if train.images.shape[-1] != train.image_size:
-        train.images = resize(train.images, train.image_size)
+    train.images = resize(train.images, train.image_size)
     return train, test
 
 
@@ -166,11 +148,9 @@ def train_epoch(net, optimizer, train: ImageData, recipe, cycle, begin: float, s
     """One pass over the data, `begin` (0..1) of the way through `cycle`; its mean loss."""
     assert train.labels is not None
     net.train()
-    batch_size, losses = recipe["batch_size"], []
-    steps = len(train) // batch_size
-    batches = torch.randperm(len(train), generator=generator(seed, epoch)).split(batch_size)
-    for step in progress(range(steps), desc=f"epoch {epoch + 1}"):
-        index = batches[step]
+    total, steps = 0.0, len(train) // recipe["batch_size"]
+    batches = torch.randperm(len(train), generator=generator(seed, epoch)).split(recipe["batch_size"])
+    for step, index in enumerate(progress(batches[:steps], desc=f"epoch {epoch + 1}")):
         x = shift_and_flip(train.images[index], cycle["shift"], cycle["flip"], generator(seed, epoch, step))
         with autocast("cpu"):
             logits = net(x)[1]
@@ -180,8 +160,8 @@ def train_epoch(net, optimizer, train: ImageData, recipe, cycle, begin: float, s
         lr = cycle["learning_rate"] * one_cycle(begin + step / steps / cycle["epochs"])
         optimizer.param_groups[0].update(lr=lr, weight_decay=cycle["weight_decay"])
         optimizer.step()
-        losses.append(loss.item())
-    return float(np.mean(losses))
+        total += loss.item()
+    return total / steps
 
 
 def features_of(net: FeatureNet, images: torch.Tensor, batch_size: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +173,6 @@ def features_of(net: FeatureNet, images: torch.Tensor, batch_size: int = 500) ->
 
 
 def accuracy(net: FeatureNet, data: ImageData) -> float:
-    assert data.labels is not None
     return (features_of(net, data.images)[1].argmax(1) == data.labels).double().mean().item()
 
 
@@ -207,22 +186,14 @@ def checkpoint_path(kind: str, name: str | Path) -> Path:
 
 def load_features(name: str | Path) -> FeatureNet:
     """The feature classifier of data set `name` from checkpoints/. Raises UserError."""
-    if str(name) != Path(name).name and not Path(name).is_dir():
-        raise UserError(f"there is no folder {name}")
     path, train = checkpoint_path("features", name), f"`python evaluate.py train-features {name}`"
-    known = ", ".join(sorted(p.stem.removeprefix("features_") for p in CHECKPOINTS.glob("features_*.safetensors")))
-    hint = (
-        f"{train} makes it where images have class labels; without, add --features cifar10 for photographs "
-        f"(there is a classifier of {known or 'no data set'})"
-    )
+    hint = f"{train} makes it where images have class labels; without, add --features cifar10 for photographs"
     weights, config = read_tensors(path, hint)
-    try:
-        net = FeatureNet(**config["architecture"])
-        net.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit the network: {hint}") from error
-    if (here := describe_folder(name)) != (there := config.get("folder")) and here:
-        folders = f"{there or 'unknown'}; here {here}"
+    net = FeatureNet(**config["architecture"])
+    net.load_state_dict(weights)
+    # a name without a path does for a folder that is elsewhere
+    if (here := describe_folder(name)) != (there := config.get("folder")) and (here or str(name) != Path(name).name):
+        folders = f"{there or 'unknown'}; here {here or 'none'}"
         raise UserError(f"{path} is of another folder of that name ({folders}): rename this one, or run {train}")
     net.name, net.sha256 = Path(name).name, sha256(path)
     net.classes, net.test_accuracy = config["classes"], config["test_accuracy"]
@@ -236,48 +207,38 @@ def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_reference(net: FeatureNet, train: ImageData, test: ImageData, seed: int = 0) -> dict[str, torch.Tensor]:
-    """What evaluations need of the real images: the two splits' statistics, and features and labels of some of them."""
-    chosen = torch.randperm(len(train), generator=generator(seed))[:FIXED_TRAIN].sort().values
+    """What evaluations need of the real images: the two splits' statistics, and the features of some of them."""
+    chosen = torch.randperm(len(train), generator=generator(seed))[:10_000].sort().values
     reference = {"train_index": chosen.int()}
     for split, data in (("train", train), ("test", test)):
         x = features_of(net, data.images)[0]
         reference[f"{split}_mean"], reference[f"{split}_cov"] = statistics(x)
-        index = chosen if split == "train" else slice(None)
-        reference[f"{split}_features"] = x[index].half()
-        if data.labels is not None:
-            reference[f"{split}_labels"] = data.labels[index].to(torch.int16)
+        reference[f"{split}_features"] = (x[chosen] if split == "train" else x).half()
     return reference
 
 
-def load_reference(
-    name: str | Path, net: FeatureNet, image_size: int | None = None, labelled: bool = False
-) -> tuple[dict[str, torch.Tensor], dict]:
-    """What `make_reference` made of data set `name` in the features of `net`, and its facts. Raises UserError.
+def load_reference(name: str | Path, net: FeatureNet, image_size=None) -> tuple[dict[str, torch.Tensor], dict]:
+    """What `make_reference` made of data set `name` in the features of `net`, and what results record of both.
 
-    Of another data set than the classifier's it is computed from the images, which are loaded at the samples' size
-    (None: the classifier's) and shrunk as samples are; without images of no class where the samples are `labelled`.
+    Of another data set than the classifier's it is computed from the images, which are loaded at the samples' size and
+    shrunk as samples are. Raises UserError.
     """
     if Path(name).name == net.name:
-        path = checkpoint_path("reference", name)
-        reference, facts = read_tensors(path, f"run `python evaluate.py train-features {name}`")
+        path, remedy = checkpoint_path("reference", name), f"run `python evaluate.py train-features {name}`"
+        reference, facts = read_tensors(path, remedy)
         if facts["features_sha256"] != net.sha256:
-            raise UserError(f"{path.name} was made with other weights: run `python evaluate.py train-features {name}`")
-        shape = f"{net.image_shape[1]} x {net.image_shape[2]} {'grey' if net.image_shape[0] == 1 else 'RGB'}"
-        counts = f"{facts['train_images']:,} images for training, {facts['test_images']:,} held out"
-        say(f"data: {counts}; {shape}; {len(net.classes)} classes: {', '.join(net.classes)}")
-        return reference, facts | {"sha256": sha256(path)}
-    size, channels = image_size or net.image_shape[-1], net.image_shape[0]
-    try:
-        train, test = load_splits(name, size, channels, labelled)
-    except UserError:
-        if not labelled:
-            raise
-        train, test = load_splits(name, size, channels)  # samples with labels may be compared with images without
-    train.images, test.images = shrink(net, train.images), shrink(net, test.images)
-    check_shape(net, test.images)
-    reference = make_reference(net, train, test)
-    digest = hashlib.sha256(b"".join(reference[key].numpy().tobytes() for key in sorted(reference))).hexdigest()
-    return reference, {"train_images": len(train), "test_images": len(test), "sha256": digest}
+            raise UserError(f"{path.name} was made with other weights: {remedy}")
+        say(f"data: {facts['train_images']:,} images for training, {facts['test_images']:,} held out")
+        digest = sha256(path)
+    else:
+        train, test = load_splits(name, image_size, net.image_shape[0])
+        train.images, test.images = shrink(net, train.images), shrink(net, test.images)
+        check_shape(net, test.images)
+        reference = make_reference(net, train, test)
+        digest = hashlib.sha256(b"".join(reference[key].numpy().tobytes() for key in sorted(reference))).hexdigest()
+    images = {"split": "test", "images": len(reference["test_features"]), "sha256": digest}
+    classifier = {"name": net.name, "dimensions": net.head.in_features, "sha256": net.sha256}
+    return reference, {"reference": images, "features": classifier}
 
 
 def check_shape(net: FeatureNet, images: torch.Tensor) -> None:

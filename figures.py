@@ -55,7 +55,6 @@ def use_style():
     plt.rc("grid", color="0.9")
     plt.rc("legend", fontsize=8.5, frameon=False)
     plt.rc("lines", linewidth=1.6, markersize=4)
-    plt.rc("image", composite_image=False)
     plt.rc("svg", hashsalt="ddpm")  # outlines of letters have no random numbers: the same figure is the same bytes
 
 
@@ -158,8 +157,8 @@ def labelled_rows(rows, column_labels=(), scale=4, width=TEXT_WIDTH, gap=1):
     axes.grid(False)
     axes.set_frame_on(False)
     axes.tick_params(length=0, pad=2, labeltop=True, labelbottom=False)
-    widest = 120 * picture_width / columns / max(1, longest_label)  # a larger font, and the labels would touch
-    font_size = min(plt.rcParams["font.size"], widest)
+    # in a larger font the labels would touch
+    font_size = min(plt.rcParams["font.size"], 120 * picture_width / columns / max(1, longest_label))
     axes.set_xticks(0.5 + np.arange(len(column_labels)), column_labels, fontsize=font_size)
     axes.set_yticks(0.5 + np.arange(len(rows)), rows)
     return fig
@@ -235,7 +234,8 @@ def watch(losses, draw, total, redraws=8):
 def table(heads, rows):
     """A Markdown table; numbers that are not whole have three digits."""
     lines = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]))
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *lines]
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def slider(images_at, last, name):

@@ -4,7 +4,6 @@ Images rest in memory as uint8, N x C x H x W; a model sees float batches in [-1
 """
 
 import contextlib
-import functools
 import gzip
 import hashlib
 import io
@@ -14,8 +13,8 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,14 @@ from utils import ROOT, UserError, atomic_path, progress, say, to_model
 CACHE = ROOT / ".cache"  # decoded photographs; deleting it only costs the time to decode them again
 Image.MAX_IMAGE_PIXELS = 210_000_000  # phones make 200 megapixels; Pillow warns above this and refuses twice as many
 warnings.filterwarnings("ignore", module="PIL")  # of metadata that is damaged, which does not matter here
-NO_HEIC = "in HEIC, which needs `pip install pillow-heif`"
-SPLIT_NAMES = {"train": "train|training", "test": "test|testing", "validation": "val|valid|validation|dev|eval"}
+with contextlib.suppress(ImportError):
+    import pillow_heif  # type: ignore[import-not-found]
+
+    pillow_heif.register_heif_opener()
+IMAGE_SUFFIXES = (
+    "avif bmp dib gif heic heif hif ico jfif jp2 jpe jpeg jpg pbm pgm png ppm psd tga tif tiff webp".split()
+)
+SPLIT_NAMES = ("train|training", "test|testing", "val|valid|validation|dev|eval")
 
 
 @dataclass(frozen=True)
@@ -193,21 +198,16 @@ def _count(left_out: dict[str, str]) -> str:
 
 def _read_mnist(folder: Path, split: str, name: str) -> tuple[np.ndarray, np.ndarray, list[str]] | None:
     """From IDX files (gzipped or not) or parquet files; None where the folder has neither."""
-    x_path = y_path = folder / f"{split}*.parquet"
-    if any(folder.glob(x_path.name)):
-        images, labels = _read_parquet(x_path)
-    elif any(folder.glob("*-idx[13]-ubyte*")):
+    if any(folder.glob("*-idx[13]-ubyte*")):
         prefix = folder / ("train" if split == "train" else "t10k")
-        x_path, y_path = Path(f"{prefix}-images-idx3-ubyte"), Path(f"{prefix}-labels-idx1-ubyte")
-        images, labels = _read_idx(x_path), _read_idx(y_path)
+        images, labels = (_read_idx(Path(f"{prefix}-{kind}-ubyte")) for kind in ("images-idx3", "labels-idx1"))
+        source = Path(f"{prefix}-*-ubyte")
     elif any(folder.glob("t*.parquet")):
-        raise UserError(f"{x_path} is missing")
+        images, labels = _read_parquet(source := folder / f"{split}*.parquet")
     else:
         return None
-    if images.shape[1:] != (28, 28) or not len(images):
-        raise UserError(f"{x_path} should hold images of 28 x 28 and has the shape {images.shape}")
-    if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() > 9:
-        raise UserError(f"{y_path} should hold a label within 0..9 for each of {len(images):,} images")
+    if labels.ndim != 1 or images.shape != (len(labels), 28, 28) or not set() < {*labels.tolist()} <= {*range(10)}:
+        raise UserError(f"{source} should hold images of 28 x 28 and a label within 0..9 for each")
     plain = name.lower().replace("-", "_")  # a folder called after a data set holds its classes, others hold digits
     named = (row.classes for key, row in DATASETS.items() if row.classes and plain.startswith(key))
     return images[:, None], labels, list(next(named, "0123456789"))
@@ -216,16 +216,11 @@ def _read_mnist(folder: Path, split: str, name: str) -> tuple[np.ndarray, np.nda
 def _read_idx(path: Path) -> np.ndarray:
     """A file of bytes, perhaps gzipped: 0, 0, 8 (unsigned byte), the number of dimensions, each as >i4, the data."""
     try:
-        zipped = path.with_name(f"{path.name}.gz")
-        content = path.read_bytes() if path.is_file() else gzip.decompress(zipped.read_bytes())
-        if content[:3] != bytes((0, 0, 8)):
-            raise ValueError("it does not begin as an IDX file of bytes")
+        content = path.read_bytes() if path.is_file() else gzip.decompress(Path(f"{path}.gz").read_bytes())
         shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape).copy()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}[.gz] is missing") from error
-    except (EOFError, IndexError, ValueError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged or ends early: {error}") from error
+    except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}[.gz] is missing, damaged or ends early: {error}") from error
 
 
 def _read_parquet(pattern: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -258,7 +253,7 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, row:
     splits, classes, left_out = _list_splits(root, labels)
     files, every = splits[split], [*splits["train"], *splits["test"]]
     if not files:
-        raise UserError(f"{root} has too few images ({len(every)}) to hold out a tenth of them as the test split")
+        raise UserError(f"{root} has no image for the {split} split (of ten or more, a tenth is held out)")
     size, crop = _judge_size(root, every, image_size) if row.crop else (image_size or row.image_size, False)
     sides = {"train": round(1.25 * size) if crop else size, "test": size}
     images, unreadable = _load_images(root, list(files), sides[split])
@@ -266,8 +261,7 @@ def _load_folder(root: Path, split: str, image_size: int | None, name: str, row:
     read = [folder for file, folder in files.items() if file not in unreadable]
     unread = set(files.values()) - set(read)
     if not read or (labels and unread):
-        of_class = f" of the class {min(unread, key=by_number)}" if classes else ""
-        raise UserError(f"{root} has no readable image{of_class}: {_count(left_out)}")
+        raise UserError(f"{root} has no readable image in {', '.join(sorted(unread)) or 'it'}: {_count(left_out)}")
     # both splits have as many channels, whichever one the colour is in
     grey = row.channels is None and is_grey(images)
     if grey and all(is_grey(_load_images(root, list(splits[part]), sides[part])[0]) for part in splits if splits[part]):
@@ -288,8 +282,7 @@ def _judge_size(root: Path, names: list[str], image_size: int | None) -> tuple[i
     size = image_size or min(64, usual)
     small = [name for name, side in sides.items() if side < size]
     if small:
-        count = f"{len(small):,} of {len(sides):,} images are smaller than {size} and are enlarged"
-        say(f"{root}: {count}, such as {small[0]}, whose shorter side has {sides[small[0]]} pixels")
+        say(f"{root}: {len(small):,} of {len(sides):,} images are smaller than {size} and enlarged, such as {small[0]}")
     return size, usual >= round(1.25 * size)  # enlarging images only to crop them would blur them
 
 
@@ -301,26 +294,12 @@ def visible(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not name.startswith((".", "__MACOSX", "@eaDir", "$RECYCLE")))
 
 
-@functools.cache
-def image_suffixes() -> set[str]:
-    """Of all that Pillow reads; with pillow-heif that is HEIC, too."""
-    with contextlib.suppress(ImportError):
-        import pillow_heif  # type: ignore[import-not-found]
-
-        pillow_heif.register_heif_opener()
-    no_pictures = ("BUFR", "GRIB", "HDF5", "MPEG")
-    kinds = Image.registered_extensions().items()
-    return {suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in no_pictures}
-
-
 def is_image(file: Path) -> bool:
     """By its suffix, or where that says nothing by its first bytes; it may still be damaged."""
-    if file.suffix.lower() in image_suffixes():
+    if file.suffix[1:].lower() in IMAGE_SUFFIXES:
         return True
-    with contextlib.suppress(OSError), open(file, "rb") as stream:
-        start = stream.read(12)
-        webp = start[:4] == b"RIFF" and start[8:] == b"WEBP"
-        return webp or start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8"))
+    with contextlib.suppress(Exception), Image.open(file, formats=("JPEG", "PNG", "GIF", "WEBP")):
+        return True
     return False
 
 
@@ -352,54 +331,25 @@ def by_folder(names: Iterable[str], inside: str = "") -> tuple[str, dict[str, st
         opened = by_folder(rest, inside + min(folders.values()) + os.sep)
         if "" not in opened[1].values():
             return opened
-    return inside, dict(sorted(folders.items(), key=lambda item: by_number(item[1])))
+    padded = {folder: re.sub(r"\d+", lambda digits: digits[0].zfill(20), folder) for folder in folders.values()}
+    return inside, dict(sorted(folders.items(), key=lambda item: padded[item[1]]))
 
 
-def by_number(text: str) -> list:
-    """A key that sorts as people count: 2 before 10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text))]
-
-
-def split_folders(root: Path, names: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """The training images and, if they are apart, those held out, as from `by_folder`; then the images of neither."""
-    inside, images = by_folder(name for name in names if is_image(root / name))
-    kinds = {folder: _split_of(folder) for folder in images.values() if folder}
-    train = [folder for folder in kinds if kinds[folder] == "train"]
-    held_out = [folder for kind in ("test", "validation") for folder in kinds if kinds[folder] == kind]
-    others = [folder for folder in kinds if not kinds[folder]]
-    parts = [by_folder(images, inside + folder + os.sep) for folder in train[:1] + held_out[:1]]
-    flat = bool(train) and "" in parts[0][1].values()
-    if not train or (flat and not held_out and (others or "" in images.values())):
-        return {inside: images}, []  # perhaps trains among other vehicles, or an album beside images
-    if len(train) > 1 or (others and flat == bool(held_out)):
-        ways = f"{train[0]}/ as the training images, or all as the classes {', '.join(kinds)}"
-        put_right = f"rename {train[0]}/, or move what does not belong to the data out of it"
-        raise UserError(f"{root / inside} can be read in two ways: {ways}: {put_right}")
+def split_folders(images: list[str]) -> dict[str, dict[str, str]]:
+    """The training images and, if they are apart, those held out, as from `by_folder`."""
+    inside, folders = by_folder(images)
+    pattern = r"(?<![a-z])({})[ _-]*(set|split|data|images)?(?![a-z])"  # as in seg_train, Testing, val2017
+    names = list(dict.fromkeys(folders.values()))
+    train, test, validation = (
+        [name for name in names if re.search(pattern.format(words), name.lower())] for words in SPLIT_NAMES
+    )
+    held_out = [name for name in test + validation if name not in train]
+    parts = [by_folder(images, inside + name + os.sep) for name in train[:1] + held_out[:1]]
+    if not train or (not held_out and ("" in parts[0][1].values() or {*names} - {train[0], ""})):
+        return {inside: folders}  # perhaps trains among other vehicles
     if held_out and held_out[0].lower() != "test":
-        say(f"{root / inside}: {held_out[0]}/ is held out")
-    return dict(parts), [name for name, folder in images.items() if folder in held_out[1:] + others]
-
-
-def _split_of(folder: str) -> str:
-    """train, test or validation where a folder's name says so, as in seg_train, Testing, val2017; otherwise nothing."""
-    for split, words in SPLIT_NAMES.items():
-        if re.search(rf"(?<![a-z])({words})[ _-]*(set|split|data|images)?(?![a-z])", folder.lower()):
-            return split
-    return ""
-
-
-def _in_classes(folder: Path, images: dict[str, str]) -> dict[str, str]:
-    """The images in class folders, or all where there are none. Raises UserError where few are, or a class is empty."""
-    for entry in (folder / name for name in visible(os.listdir(folder))):
-        if entry.is_dir() and not any(files_below(entry)) and not is_run(os.listdir(entry)):
-            raise UserError(f"the class folder {entry} is empty: fill it or delete it")
-    in_classes = {name: label for name, label in images.items() if label}
-    beside = len(images) - len(in_classes)
-    if beside > len(in_classes) > 0:
-        classes = f"{len(in_classes):,} in the class folders {', '.join(dict.fromkeys(in_classes.values()))}"
-        put_right = "move each into its class, or train without labels, which reads them all"
-        raise UserError(f"{folder} has {beside:,} images of no class beside {classes}: {put_right}")
-    return in_classes or images
+        say(f"{held_out[0]}/ is held out")
+    return dict(parts)
 
 
 def _list_splits(root: Path, labels: bool) -> tuple[dict[str, dict[str, str]], list[str], dict[str, str]]:
@@ -408,33 +358,27 @@ def _list_splits(root: Path, labels: bool) -> tuple[dict[str, dict[str, str]], l
     The folders are the classes, but where an image is in none or the splits differ: then there are no classes.
     """
     names = list(files_below(root))
-    parts, unused = split_folders(root, names)
+    images = [name for name in names if is_image(root / name)]
+    parts = split_folders(images)
     if labels:
-        parts = {inside: _in_classes(root / inside, images) for inside, images in parts.items()}
+        for folder in (root / inside / name for inside in parts for name in visible(os.listdir(root / inside))):
+            if folder.is_dir() and not any(files_below(folder)) and not is_run(os.listdir(folder)):
+                raise UserError(f"the class folder {folder} is empty: fill it or delete it")
+        for inside, part in parts.items():
+            parts[inside] = {name: folder for name, folder in part.items() if folder} or part
     (inside, train), (apart, test) = [*parts.items(), ("", {})][:2]
-    if not train:
-        raise UserError(f"{root} has no image")
-    classes, of_test = list(dict.fromkeys(train.values())), list(dict.fromkeys(test.values()))
-    if labels and "" in of_test:
-        say(f"{root / apart} has no class folders: a tenth of {root / inside} is held out instead")
-        unused, test = [*unused, *test], {}
-    elif labels and test and of_test != classes:
-        differ = f"{root / apart} has the classes {', '.join(of_test)}, {root / inside} has {', '.join(classes)}"
-        raise UserError(f"{differ}: labels are numbers in the order of the names, so both must have the same")
+    classes, of_test = (list(dict.fromkeys(part.values())) for part in (train, test))
+    if labels and test and of_test != classes:
+        say(f"{root / apart} has other class folders than {root / inside}, of which a tenth is held out instead")
+        test = {}
     if "" in classes or (test and of_test != classes):
         classes = []
     if not test:
         by_hash = sorted(train, key=lambda name: zlib.crc32(os.fsencode(name[len(inside) :])))
         tenth = set(by_hash[: len(train) // 10])
-        test = {name: folder for name, folder in train.items() if name in tenth}
-        train = {name: folder for name, folder in train.items() if name not in tenth}
-    used = {*train, *test, *unused}
-    left_out = {}
-    for name in (name for part in parts for name in names if name.startswith(part) and name not in used):
-        left_out[name] = NO_HEIC if name.lower().endswith((".heic", ".heif", ".hif")) else "not an image"
-        if is_image(root / name):
-            left_out[name] = "beside the class folders"
-    left_out |= dict.fromkeys(unused, "in folders that are neither trained on nor held out")
+        test = {name: train.pop(name) for name in [*train] if name in tenth}
+    left_out = dict.fromkeys(set(names).difference(images), "not an image")
+    left_out |= dict.fromkeys(set(images).difference(train, test), "outside of the splits and class folders")
     return {"train": train, "test": test}, classes, left_out
 
 
@@ -444,7 +388,8 @@ def describe_folder(name_or_path: str | Path) -> str | None:
     if str(name_or_path) in DATASETS or not folder.is_dir():
         return None
     names = list(files_below(folder))
-    images = [name for part in split_folders(folder, names)[0].values() for name in part]
+    parts = split_folders([name for name in names if is_image(folder / name)])
+    images = [name for part in parts.values() for name in part]
     lines = [name + f"\0{status.st_size}\n".encode() for name, status in _file_facts(folder, images or names)]
     return f"{len(lines)} files, {hashlib.sha256(b''.join(lines)).hexdigest()[:16]}"
 
@@ -464,38 +409,29 @@ one_at_a_time = threading.Lock()  # for images that need gigabytes
 def decode_image(path: Path, side: int) -> np.ndarray | str:
     """The centre square of an image file, antialiased to uint8 side x side x 3; or in a few words why there is none."""
     try:
-        return np.asarray(ImageOps.fit(_read_rgb(path, side), (side, side), Image.Resampling.BILINEAR))
-    except MemoryError:
-        raise
+        try:
+            image = _read_rgb(path, side)
+        except (SyntaxError, ValueError, UnidentifiedImageError):  # perhaps only because the metadata is damaged
+            image = without_metadata(path.read_bytes())
+        return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR))
     except UserError as error:
         return str(error)
-    except Image.DecompressionBombError:
-        return "larger than 420 megapixels"
     except Exception as error:  # a damaged image makes PIL raise OSError, SyntaxError, ValueError, struct.error, ...
-        if isinstance(error, OSError) and error.strerror:
-            return f"not readable ({error.strerror})"
-        start = path.read_bytes()[:12]
-        if start[4:8] == b"ftyp" and ".heic" not in image_suffixes():
-            return NO_HEIC
-        if isinstance(error, UnidentifiedImageError):
-            return "in no format that Pillow can open" if start else "empty"
-        return "cut off" if "truncated" in str(error).lower() else "damaged"
+        if reason := getattr(error, "strerror", None):
+            return f"not readable ({reason})"
+        if "HEIF" not in Image.OPEN and path.read_bytes()[4:8] == b"ftyp":
+            return "in HEIC, which needs `pip install pillow-heif`"
+        return "cut off" if "truncated" in str(error) else "damaged, too large or in no format that Pillow can open"
 
 
 def _read_rgb(path: Path, side: int) -> Image.Image:
     """Upright, and at least twice as large as `side` where the file is."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
-            with one_at_a_time if image.width * image.height > 50_000_000 else contextlib.nullcontext():
-                with contextlib.suppress(Exception):  # the camera's notes may be damaged
-                    ImageOps.exif_transpose(image, in_place=True)
-                return to_rgb(image)
-    except (SyntaxError, ValueError, UnidentifiedImageError) as error:
-        try:  # Pillow refuses a PNG or JPEG for some damages of its metadata
-            return without_metadata(path.read_bytes())
-        except Exception:
-            raise error from None
+    with Image.open(path) as image:
+        image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
+        with one_at_a_time if image.width * image.height > 50_000_000 else contextlib.nullcontext():
+            with contextlib.suppress(Exception):  # the camera's notes may be damaged
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
 
 
 def without_metadata(content: bytes) -> Image.Image:
@@ -539,16 +475,13 @@ def _load_images(root: Path, names: list[str], side: int) -> tuple[np.ndarray, d
     record = np.dtype([("reason", "S100"), ("pixels", "u1", (side, side, 3))])
 
     def decode_all() -> Iterator[bytes]:
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # PIL decodes outside of Python's lock
-        try:
-            results = pool.map(lambda name: decode_image(root / name, side), names)
+        with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes outside of Python's lock
+            results = pool.imap(lambda name: decode_image(root / name, side), names)
             for x in progress(results, total=len(names), desc=f"decoding {root.name}", unit="image"):
                 yield np.array((x.encode(), 0) if isinstance(x, str) else (b"", x), record).tobytes()
-        finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all the others
 
     facts = [(name, status.st_size, status.st_mtime_ns) for name, status in _file_facts(root, names)]
-    key = repr((os.fsencode(root), side, ".heic" in image_suffixes(), facts))
+    key = repr((os.fsencode(root), side, "HEIF" in Image.OPEN, facts))
     cache = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
     try:
         if not cache.exists():

@@ -140,18 +140,6 @@ class ConvNextBlock(nn.Module):
 BLOCKS = {"resnet": ResnetBlock, "convnext": ConvNextBlock}
 
 
-def to_heads(x, heads):
-    """N x (3 heads d) x H x W -> q, k, v, each N x heads x (H W) x d."""
-    return rearrange(x, "n (three heads d) h w -> three n heads (h w) d", three=3, heads=heads).unbind(0)
-
-
-def from_heads(x, height):
-    """N x heads x (H W) x d -> N x (heads d) x H x W."""
-    # By way of channels last, the order in memory that the convolutions want.
-    channels_last = rearrange(x, "n heads (h w) d -> n h w (heads d)", h=height)
-    return rearrange(channels_last, "n h w c -> n c h w")
-
-
 class Attention(nn.Module):
     """Full softmax attention over the H*W positions, residual."""
 
@@ -161,8 +149,11 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Conv2d(dim, 3 * dim, 1), zero_init(nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
-        q, k, v = to_heads(self.qkv(self.norm(x)), self.heads)
-        return x + self.out(from_heads(self.attend(q, k, v), height=x.shape[2]))
+        qkv = self.qkv(self.norm(x))
+        q, k, v = rearrange(qkv, "n (three heads d) h w -> three n heads (h w) d", three=3, heads=self.heads)
+        # By way of channels last, the order in memory that the convolutions want.
+        attended = rearrange(self.attend(q, k, v), "n heads (h w) d -> n h w (heads d)", h=x.shape[2])
+        return x + self.out(rearrange(attended, "n h w c -> n c h w"))
 
     def attend(self, q, k, v):
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -323,16 +314,15 @@ class SelfAttention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The course's unconditional U-Net, for images whose sides 8 divides; `width` 64 is the course's."""
+    """The course's U-Net, for images whose sides 8 divides; `width` 64 is the course's."""
 
     size_multiple = 8
-    num_classes = None
 
-    def __init__(self, channels=3, time_dim=256, width=64):
+    def __init__(self, channels=3, time_dim=256, num_classes=None, width=64):
         super().__init__()
         if width % 4:
             raise ValueError(f"width must be a multiple of 4, the number of attention heads, not {width}")
-        self.channels, self.time_dim = channels, time_dim
+        self.channels, self.time_dim, self.num_classes = channels, time_dim, num_classes
         w = width
         self.inc = DoubleConv(channels, w)
         self.down1, self.sa1 = Down(w, 2 * w, time_dim), SelfAttention(2 * w)
@@ -343,11 +333,10 @@ class UNet(nn.Module):
         self.up2, self.sa5 = Up(4 * w, w, time_dim), SelfAttention(w)
         self.up3, self.sa6 = Up(2 * w, w, time_dim), SelfAttention(w)
         self.outc = nn.Conv2d(w, channels, 1)
+        self.label_emb = label_embedding(num_classes, time_dim)
 
     def forward(self, x, t, labels=None):
-        return self.unet(x, sinusoidal_embedding(t, self.time_dim))
-
-    def unet(self, x, emb):
+        emb = add_labels(sinusoidal_embedding(t, self.time_dim), self.label_emb, labels)
         x1 = self.inc(x)
         x2 = self.sa1(self.down1(x1, emb))
         x3 = self.sa2(self.down2(x2, emb))
@@ -360,15 +349,7 @@ class UNet(nn.Module):
 
 
 class UNet_conditional(UNet):
-    """The course's conditional U-Net: a label's embedding, as wide as the time embedding, is added to it."""
-
-    def __init__(self, channels=3, time_dim=256, num_classes=None, width=64):
-        super().__init__(channels, time_dim, width)
-        self.num_classes = num_classes
-        self.label_emb = label_embedding(num_classes, time_dim)
-
-    def forward(self, x, t, labels=None):
-        return self.unet(x, add_labels(sinusoidal_embedding(t, self.time_dim), self.label_emb, labels))
+    """The course's name for it with num_classes: a label's embedding, as wide as the time embedding, is added to it."""
 
 
 NETWORKS = {cls.__name__: cls for cls in (PatchUNet, UNet, UNet_conditional)}

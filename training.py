@@ -14,12 +14,10 @@ several processes each take their slice of the same batch. A run's folder holds:
 import atexit
 import contextlib
 import ctypes
-import errno
 import functools
 import gc
 import importlib
 import json
-import math
 import os
 import signal
 import time
@@ -81,9 +79,11 @@ class Run:
         settings = config["train"] = DEFAULTS | config["train"]
         if settings["precision"] is None:  # it is found by timing, and all processes must agree
             settings["precision"] = gather(utils.pick_precision(self.device), world)[0]
+        if settings["batch_size"] % (world * accumulate):
+            raise UserError(f"--batch-size must be a multiple of processes x --accumulate = {world * accumulate}")
         torch.manual_seed(settings["seed"])
         self.model = weights.build_model(config["model"]).to(self.device, memory_format=torch.channels_last).train()
-        weights.check_image_size(self.model, config["data"]["image_size"])
+        self.shape = weights.image_shape(self.model, config)
         self.diffusion = weights.build_diffusion(config["diffusion"]).to(self.device)
         self.emas = {f"ema_{b:g}": EMA(b, settings["ema_start"]) for b in settings["ema_betas"]}
         self.ema_models = {kind: EMA.copy_of(self.model) for kind in self.emas}
@@ -96,18 +96,16 @@ class Run:
         """Take over the weights of a checkpoint, raw and averaged, as far as it has both."""
         tensors, config = weights.read_checkpoint(path)
         has_raw = any(name.startswith("raw/") for name in tensors)
-        if not has_raw:
-            say(f"{path} has no raw weights: training starts from {weights.find_kind(tensors, None, config, path)}")
         for network in (self.model, *self.ema_models.values()):
-            kind = "raw" if has_raw and network is self.model else None
-            state, own = weights.select_weights(tensors, kind, config, path), network.state_dict()
-            there, here = (len(s.get("label_emb.weight", ())) for s in (state, own))
-            if there != here:
-                say(f"{path} was trained on {there} classes, not {here}: the labels are learnt anew")
+            wanted = "raw" if has_raw and network is self.model else None
+            kind, state = weights.select_weights(tensors, wanted, config, path)
+            if not has_raw:
+                say(f"{path} has no raw weights: training starts from {kind}")
+            own = network.state_dict()
+            if len(state.get("label_emb.weight", ())) != len(own.get("label_emb.weight", ())):  # of other classes
                 state.pop("label_emb.weight", None)
-                state |= {name: w for name, w in own.items() if name == "label_emb.weight"}
             if new := own.keys() - state.keys():
-                say(f"{path} lacks {len(new)} of the network's {len(own)} tensors: they begin anew")
+                say(f"{len(new)} of {len(own)} tensors begin anew, such as {min(new)}: {path} has none that fit")
             weights.load_weights(network, own | state, path)
 
     def state(self):
@@ -227,31 +225,24 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
     if not out.name:
         raise UserError(f"a run needs a folder of its own, such as --out runs/NAME, not {str(out)!r}")
     config["train"] = DEFAULTS | config["train"]
-    batch_size, accumulate = config["train"]["batch_size"], options.get("accumulate", 1)
-    with process_group(device) as (rank, world), contextlib.ExitStack() as stack:
-        if batch_size % (world * accumulate):
-            parts = f"processes x --accumulate = {world * accumulate}"
-            raise UserError(f"--batch-size {batch_size} must be a multiple of {parts}")
-        if rank == 0:
-            stack.enter_context(locked(out))
-        stop_requested = stack.enter_context(stop_signals())  # before the first state, which says that a run can go on
+    rank, world = join_process_group(device)
+    lock = locked(out) if rank == 0 else contextlib.nullcontext()
+    with lock, stop_signals() as stop_requested:  # before the first state, which says that a run can go on
         try:
-            folder = RunFolder(out, rank, world)
-            state = folder.open(config, resume)
+            folder = RunFolder(out)
+            state = folder.open(config, resume, world)
             run = Run(config, data, utils.pick_device(device), rank, world, **options)
             if state is not None:
                 run.restore(state)
-            else:
-                if init is not None:
-                    run.start_from(init)
-                folder.save(run)
+            elif init is not None:
+                run.start_from(init)
+            folder.save(run)
             make_all_steps(run, folder, stop_requested, minutes, sample_every)
         except RuntimeError as error:
             if "closed by peer" in str(error):
                 raise UserError("another process has failed: see its message") from error
             if options.get("compiled") and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                reason = "torch.compile does not work here (has this machine a C++ compiler?)"
-                raise UserError(f"{reason}: leave --compile out") from error
+                raise UserError("torch.compile does not work here (no C++ compiler?): leave --compile out") from error
             raise
     return out / "model.safetensors"
 
@@ -260,35 +251,33 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
     """Iterate over the run's steps: show them, check them, save them, draw grids, stop when asked to."""
     settings, unread = run.config["train"], []
     if settings["steps"] is not None:
-        if minutes and run.step >= settings["steps"]:
-            say(f"the run's length was fixed at {run.step} steps: --epochs makes it longer, --minutes does not")
         tell_if_short(run)
     shown = {"unit": "step", "desc": folder.path.name, "disable": run.rank > 0}
-    bar = utils.progress(total=settings["steps"], initial=run.step, **shown)
     # The first step also warms up, and compiles: it is not timed.
-    timed_to = TIMED_STEPS if settings["steps"] is None else run.step + 6
-    timed_from, started = min(run.step + 1, timed_to - 1), time.monotonic()
+    timed_from, started = min(run.step + 1, TIMED_STEPS - 1), time.monotonic()
     every = 1 if run.device.type == "cpu" else 10  # reading a loss makes a GPU wait: look at ten at a time
-    with bar:
+    with utils.progress(total=settings["steps"], initial=run.step, **shown) as bar:
         for loss in steps(run):
             unread.append(loss)
             bar.update()
             grid_is_due = sample_every and run.step % sample_every == 0
-            if run.step % every and run.step not in (timed_from, timed_to, settings["steps"]) and not grid_is_due:
+            if run.step % every and run.step not in (timed_from, TIMED_STEPS, settings["steps"]) and not grid_is_due:
                 continue
-            folder.read_losses(run, unread)
+            losses = sum(gather(torch.stack(unread).cpu(), run.world)) / run.world
+            folder.check_finite(run, [losses])
+            run.losses += losses.tolist()
+            unread.clear()
             bar.set_postfix(loss=f"{sum(run.losses[-100:]) / len(run.losses[-100:]):.4f}", refresh=False)
             if run.step == timed_from:
                 started = time.monotonic()
-            elif run.step == timed_to:
-                seconds = (time.monotonic() - started) / (timed_to - timed_from)
-                if settings["steps"] is None:
-                    fix_length(run, round(60 * minutes / seconds))
-                    bar.reset(total=settings["steps"])
-                    bar.update(run.step)
-                    folder.save(run)
-                elif (left := (settings["steps"] - run.step) * seconds / 60) > 1:
-                    say(f"{settings['steps']:,} steps: {left:.0f} more minutes here")
+            elif run.step == TIMED_STEPS and settings["steps"] is None:
+                seconds = (time.monotonic() - started) / (TIMED_STEPS - timed_from)
+                # as many as process 0 has time for, and at least those that are made already
+                settings["steps"] = max(TIMED_STEPS, gather(round(60 * minutes / seconds), run.world)[0])
+                say(f"--minutes makes this a run of {settings['steps']} steps here")
+                tell_if_short(run)
+                bar.total = settings["steps"]
+                folder.save(run)
             if grid_is_due and run.rank == 0:
                 folder.sample_grid(run, stop_requested)
             if any(gather(stop_requested(), run.world)):
@@ -301,15 +290,6 @@ def make_all_steps(run, folder, stop_requested, minutes, sample_every):
     folder.finish(run)
 
 
-def fix_length(run, wanted):
-    """--minutes: the run has as many steps as process 0 has time for, and at least those that were timed."""
-    wanted = gather(wanted, run.world)[0]
-    run.config["train"]["steps"] = max(run.step, wanted)
-    made = f", and {run.step} are made already" if wanted < run.step else ""
-    say(f"{wanted} steps fit into --minutes here{made}")
-    tell_if_short(run)
-
-
 def tell_if_short(run):
     total, start = run.config["train"]["steps"], run.config["train"]["ema_start"]
     if total < FEW_STEPS and not run.config["train"].get("init"):
@@ -318,111 +298,80 @@ def tell_if_short(run):
         say(f"the averages begin at step {start}, after the run's last: they will be copies of the raw weights")
 
 
-def check_settings(config, started, out):
-    """Raise UserError where `out`'s run, started with the configuration `started`, had other settings than `config`.
-
-    What --minutes, or no --precision, left to the machine is taken over. A run may be made longer.
-    """
-    for name in ("steps", "precision"):
-        if config["train"][name] is None:
-            config["train"][name] = started["train"][name]
-    for section in config:
-        defaults = DEFAULTS if section == "train" else {}
-        ours, theirs = (defaults | c.get(section, {}) for c in (config, started))
-        first = ("name", "folder")  # which explain differences in the rest
-        for name in sorted(ours | theirs, key=lambda name: name not in first):
-            if ours.get(name) != theirs.get(name) and name != "steps":
-                settings = f"{name} = {theirs.get(name)}, not {ours.get(name)}"
-                hint = "--resume goes on with the same settings only; use another --out"
-                if name == "folder":
-                    then, now = (str(c.get(name)).split(",")[0] for c in (theirs, ours))
-                    changed = f"{then} then, {now} now" if then != now else "as many, but other names or sizes"
-                    hint = f"other images are there now ({changed}); {hint}"
-                raise UserError(f"{out} was started with {settings}: {hint}")
-
-
 class RunFolder:
     """A run's folder: its states, grids and finished weights. Process 0 alone writes."""
 
-    def __init__(self, path, rank=0, world=1):
-        self.path, self.rank, self.world = path, rank, world
-        self.states, self.last_step = [], None
-        self.saved_at, self.save_seconds = time.monotonic(), 0.0
+    def __init__(self, path):
+        self.path, self.states, self.last_step = path, [], None
+        self.next_save = time.monotonic() + 5
 
-    def open(self, config, resume):
-        """The state to go on from, None for a new run. Raises UserError.
+    def open(self, config, resume, world):
+        """The state to go on from, None for a new run. Raises UserError, also where the run had other settings.
 
-        Settings that depend on the machine's speed are taken over from it; what a kill left half written goes.
+        `config` takes over what --minutes, or no --precision, left to the machine. A run may be made longer.
         """
         state, path = weights.load_state(self.path)
-        gather(None, self.world)  # process 0 writes to the folder only when all have read it
-        if self.rank == 0:
-            for name in (".state_*", ".samples_*", ".model", ".config"):  # and no other file
-                for half_written in self.path.glob(f"{name}-{'[0-9a-f]' * 8}.*"):
-                    half_written.unlink()
+        gather(None, world)  # process 0 saves only when all have read the folder
         if state is None:
             if (self.path / "model.safetensors").exists():
                 raise UserError(f"{self.path} holds a finished run: use another --out, or delete it")
             return None
         if not resume:
             raise UserError(f"{self.path} holds a run already: add --resume to go on with it, or use another --out")
-        check_settings(config, json.loads(state["config"]), self.path)
+        started = json.loads(state["config"])
+        started["train"] = DEFAULTS | started["train"]  # an older version's run lacks the newer settings
+        for name in ("steps", "precision"):
+            if config["train"][name] is None:
+                config["train"][name] = started["train"][name]
+        for section, ours in config.items():
+            theirs = started[section]
+            for name in ours | theirs:
+                if ours.get(name) != theirs.get(name) and name != "steps":
+                    was = f"{self.path} was started with {name} = {theirs.get(name)}, not {ours.get(name)}"
+                    raise UserError(f"{was}: --resume goes on with the same settings and images; use another --out")
         steps, step = config["train"]["steps"], state["step"]
         if steps is not None and steps < step:
             raise UserError(f"the run in {self.path} has made {step} steps already, more than {steps}")
-        say(f"going on from step {step} in {self.path}")
+        length = f" of {steps} (more --epochs make it longer)" if steps else ""
+        say(f"going on from step {step}{length} in {self.path}")
         self.states, self.last_step = [path], step
         return state
 
     def save(self, run):
-        start = time.monotonic()
-        if self.rank > 0:
+        """Write a state, unless the newest is of this step already."""
+        if run.rank > 0 or run.step == self.last_step:
             return
-        if not all(p.isfinite().all() for p in run.model.parameters()):
-            raise self.diverged(run, run.step)
+        self.check_finite(run, run.model.parameters())
+        start = time.monotonic()
         self.states = weights.save_state(self.path, run.state(), self.states)
-        self.last_step, self.saved_at = run.step, time.monotonic()
-        self.save_seconds = self.saved_at - start
+        self.last_step, end = run.step, time.monotonic()
+        self.next_save = end + max(5, 60 * (end - start))  # so that saving takes under 2% of the time
 
     def save_is_due(self):
-        """True if saving now takes under 2% of the time."""
-        return time.monotonic() - self.saved_at > max(5, 60 * self.save_seconds)
+        return time.monotonic() > self.next_save
 
-    def read_losses(self, run, unread):
-        """Move the losses to run.losses, averaged over the processes. Raises UserError where one is not finite."""
-        parts = gather(torch.stack(unread).cpu(), run.world)
-        run.losses += (sum(parts) / len(parts)).tolist()
-        for step in range(run.step - len(unread), run.step):
-            if not math.isfinite(run.losses[step]):
-                raise self.diverged(run, step)
-        unread.clear()
-
-    def diverged(self, run, step):
-        rate, last = run.config["train"]["lr"], f"the last good state is step {self.last_step} in {self.path}"
-        return UserError(f"the loss is not finite at step {step} (learning rate {rate:g}): try a smaller --lr; {last}")
+    def check_finite(self, run, tensors):
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            lr, last = run.config["train"]["lr"], f"the last good state is step {self.last_step} in {self.path}"
+            raise UserError(f"training had diverged by step {run.step}: try a smaller --lr than {lr:g}; {last}")
 
     def sample_grid(self, run, stop_requested, n=64):
         """The first 64 images of seed 0, by the first average where there is one, in 20 second-order steps."""
         model = next(iter(run.ema_models.values()), run.model)
         labels = torch.arange(n) % model.num_classes if model.num_classes else None
-        shape = weights.image_shape(model, run.config)
         with utils.autocast(run.device, run.config["train"]["precision"]):
-            for x in run.diffusion.trajectory(with_labels(model, labels), shape, range(n), sampler="dpm"):
+            for x in run.diffusion.trajectory(with_labels(model, labels), run.shape, range(n), sampler="dpm"):
                 if stop_requested():
                     return
         utils.save_grid(utils.to_uint8(x).cpu(), self.path / f"samples_{run.step:08d}.png", columns=8)
 
     def finish(self, run):
-        if self.last_step != run.step:
-            self.save(run)
-        if self.rank == 0:
+        self.save(run)
+        if run.rank == 0:
             states = {kind: model.state_dict() for kind, model in {"raw": run.model, **run.ema_models}.items()}
             weights.save_checkpoint(self.path / "model.safetensors", states, run.config, torch.tensor(run.losses))
             utils.write_json(self.path / "config.json", run.config)
-        gather(None, self.world)  # nobody looks for the weights before they are there
-
-
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as Lustre, VirtualBox and some FUSE mounts answer
+        gather(None, run.world)  # nobody looks for the weights before they are there
 
 
 @contextlib.contextmanager
@@ -437,11 +386,12 @@ def locked(folder):
             lock.acquire()
     except Timeout as error:
         raise UserError(f"another process is training in {folder}: wait for it, or use another --out") from error
-    except (OSError, NotImplementedError, UserWarning) as error:
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            raise
-        say(f"{folder} is on a file system without locks: see to it yourself that no other process trains in it")
+    except (OSError, NotImplementedError, UserWarning):  # as on Lustre, VirtualBox and some FUSE mounts
+        say(f"{folder} cannot be locked here: see to it yourself that no other process trains in it")
     try:
+        for name in (".state_*", ".samples_*", ".model", ".config"):  # what a kill left half written, and no other file
+            for half_written in folder.glob(f"{name}-{'[0-9a-f]' * 8}.*"):
+                half_written.unlink()
         yield
     finally:
         lock.release()
@@ -460,12 +410,11 @@ def stop_signals():
             raise KeyboardInterrupt
         received.append(signum)
 
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous = signal.signal(number, handler)
+            at_the_end.callback(signal.signal, number, previous)
         yield lambda: bool(received)
-    finally:
-        for s, old in previous.items():
-            signal.signal(s, old)
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
@@ -479,31 +428,24 @@ def gather(value, world):
     return values
 
 
-@contextlib.contextmanager
-def process_group(device="auto"):
+def join_process_group(device="auto"):
     """(rank, number of processes) of this process, as torchrun started it; (0, 1) without torchrun."""
     if utils.TORCHRUN not in os.environ:
-        yield 0, 1
-        return
+        return 0, 1
     if not dist.is_initialized():  # once for all runs of this process: PyTorch may hang in a second time
-        if torch.cuda.is_available() and device in ("auto", "cuda"):
-            count = torch.cuda.device_count()
-            if int(os.environ["LOCAL_RANK"]) >= count:
-                raise UserError(f"there are more processes than GPUs: start {count} of them, or add --device cpu")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is put on GPU 0
-        kind = utils.pick_device(device)
-        if int(os.environ["WORLD_SIZE"]) > 1 and (kind.type not in ("cpu", "cuda") or kind.index is not None):
-            raise UserError("several processes need --device cpu, or --device cuda for a GPU each")
+        on_gpus = device in ("auto", "cuda") and torch.cuda.is_available()
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if on_gpus and local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank)  # before anything is put on GPU 0
+        elif on_gpus or utils.pick_device(device).type != "cpu":
+            raise UserError("torchrun's processes need a GPU each, or --device cpu")
         # Whoever waits for a process that has failed, in C++, would not notice torchrun's request to end in Python.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # Imported later (DistributedDataParallel does), it keeps the group as a default argument: destroy_process_group
         # then leaves gloo's threads behind, and one that frees a tensor while Python shuts down aborts the process.
         importlib.import_module("torch.distributed.nn")
-        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
-        atexit.register(leave_process_group)
-    yield dist.get_rank(), dist.get_world_size()
-
-
-def leave_process_group():
-    gc.collect()  # a DistributedDataParallel that waits for the collector would keep gloo's threads, too
-    dist.destroy_process_group()
+        dist.init_process_group("nccl" if on_gpus else "gloo")
+        atexit.register(dist.destroy_process_group)
+        # Called before it: a DistributedDataParallel that waits for the collector would keep gloo's threads, too.
+        atexit.register(gc.collect)
+    return dist.get_rank(), dist.get_world_size()

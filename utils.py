@@ -103,12 +103,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise UserError(f"cannot write {path}: it exists and is not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode
         yield temporary
-        os.chmod(temporary, mode)  # some libraries replace the file by one that only its owner may read
-        flush(temporary, os.O_RDWR)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or the rename could reach the disk before the contents
         os.replace(temporary, path)
-        flush(path.parent, os.O_RDONLY)  # so that the rename, too, survives a power cut
     except OSError as error:
         # an error that names another file is about that file; a failed write names none
         if error.filename is not None and Path(error.filename) not in (temporary, path, *path.parents):
@@ -118,21 +116,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def flush(path: Path, flags: int) -> None:
-    """Have a file or folder, opened with these flags, written to the disk; some systems cannot, and go on without."""
-    try:
-        descriptor = os.open(path, flags)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES):
-            raise
-        if os.name != "nt":  # Windows never opens folders, and its file system logs renames by itself
-            say("this file system cannot be told to write at once: a power cut may cost the newest files")
 
 
 def write_json(path: str | Path, value) -> None:
@@ -167,15 +150,14 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False):
-    """An argparse type: a finite int or float from `low` (with above: greater than it) to `high`."""
+def number(kind: type, low: float, high: float = 2**63 - 1, above: bool = False):
+    """An argparse type: an int or float from `low` (with above: greater than it) to `high`."""
 
     def parse(text: str):
         value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            bounds = f"more than {low}" if above else f"at least {low}"
-            bounds += f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        if not low <= value <= high or (above and value == low):
+            bound = f"at most {high}" if value > high else f"more than {low}" if above else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bound}")
         return value
 
     parse.__name__ = kind.__name__  # argparse calls it "invalid int value"
@@ -183,7 +165,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
 
 
 positive = number(int, 1)  # a count
-natural = number(int, 0, 2**63 - 1)  # a seed
+natural = number(int, 0)
 
 
 def progress(iterable=None, **settings):
@@ -234,9 +216,7 @@ def autocast(device, precision=None):
 
 
 def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A random stream of its own for every key, such as (seed, step): equal keys give equal streams."""
-    if any(part < 0 for part in key):
-        raise UserError(f"a seed must be 0 or more, not {min(key)}")
+    """A random stream for every key of numbers from 0 on, such as (seed, step): equal keys give equal streams."""
     # SeedSequence pads with zeros, so without their number (1,) and (1, 0) would be the same key.
     # (PyTorch's CPU generator uses the lower 32 bits of the seed: two of 10,000 streams coincide with probability 1%.)
     state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)
@@ -256,12 +236,8 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 
-def image_grid(images, columns: int, padding: int = 2, scale: int = 1) -> np.ndarray:
+def image_grid(images: torch.Tensor, columns: int, padding: int = 2, scale: int = 1) -> np.ndarray:
     """Images (uint8, N x C x H x W, C = 1 or 3), row by row on white, enlarged `scale` times -> uint8, H x W x 3."""
-    images = torch.as_tensor(images)
-    if images.ndim != 4 or images.numel() == 0 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
-        shape = tuple(images.shape)
-        raise UserError(f"a grid needs uint8 images N x C x H x W with C = 1 or 3, not {images.dtype} {shape}")
     enlarged = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     grid = make_grid(enlarged, nrow=columns, padding=padding, pad_value=255)
     if len(images) == 1:  # to which torchvision gives no border
@@ -269,24 +245,20 @@ def image_grid(images, columns: int, padding: int = 2, scale: int = 1) -> np.nda
     return grid.permute(1, 2, 0).contiguous().numpy()
 
 
-def save_grid(images, path: str | Path, columns: int, scale: int = 1) -> None:
+def save_grid(images: torch.Tensor, path: str | Path, columns: int) -> None:
     """Write `image_grid` as a picture; the format follows from the path's suffix."""
-    grid = Image.fromarray(image_grid(images, columns, scale=scale))
+    grid = Image.fromarray(image_grid(images, columns))
     with atomic_path(path) as temporary:
         grid.save(temporary)
 
 
-def save_gif(frames: list[np.ndarray], path: str | Path, fps: float = 20, hold: float = 0) -> None:
-    """Write frames (uint8, H x W x 3, all of one size) as a GIF that repeats for ever; GIF counts in 1/100 s.
+def save_gif(frames: list[np.ndarray], path: str | Path) -> None:
+    """Write frames (uint8, H x W x 3, all of one size), 20 a second, as a GIF that repeats for ever.
 
-    256 greys are exact, and colours are reduced to a palette for each frame. The last frame stays `hold` s longer.
+    Each has the 256 colours that fit it best. The last one stays for a second longer.
     """
-    if not frames or not 0 < fps <= 50:
-        raise UserError(f"cannot write {path}: a GIF needs at least one frame, and shows at most 50 a second")
-    grey = all((frame == frame[:, :, :1]).all() for frame in frames)
-    frames = [frame[:, :, 0] if grey else reduce_colours(frame) for frame in frames]
-    durations = [round(1000 / fps)] * len(frames)
-    durations[-1] += round(1000 * hold)
+    frames = [reduce_colours(frame) for frame in frames]
+    durations = [50] * (len(frames) - 1) + [1050]  # in ms
     contents = imageio.imwrite("<bytes>", frames, extension=".gif", plugin="pillow", duration=durations, loop=0)
     with atomic_path(path) as temporary:
         temporary.write_bytes(contents)
@@ -312,13 +284,9 @@ def reduce_colours(frame: np.ndarray) -> np.ndarray:
 def save_samples(path: str | Path, images: torch.Tensor, labels=None, source: dict | None = None) -> None:
     """Write an .npz: `images` (uint8, here N x C x H x W, in the file N x H x W x C), and where given `labels` (int64,
     N) and `source`, what made them."""
-    arrays: dict[str, Any] = {"images": images.permute(0, 2, 3, 1).numpy()}
-    if labels is not None:
-        arrays["labels"] = np.asarray(labels, dtype=np.int64)
-    if source is not None:
-        arrays["source"] = json.dumps(source)
+    arrays: dict[str, Any] = {"images": images.permute(0, 2, 3, 1), "labels": labels, "source": json.dumps(source)}
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **{name: array for name, array in arrays.items() if array is not None})
 
 
 def load_samples(path: str | Path) -> tuple[torch.Tensor, torch.Tensor | list[str] | None]:
@@ -331,15 +299,13 @@ def load_samples(path: str | Path) -> tuple[torch.Tensor, torch.Tensor | list[st
     if Path(path).is_dir():
         return _read_pictures(Path(path))
     arrays = _read_arrays(path, "images", "samples", "arr_0", "labels", "arr_1")
-    images = next((arrays[name] for name in ("images", "samples", "arr_0") if name in arrays), None)
+    images = next((arrays[name] for name in ("images", "samples", "arr_0") if name in arrays), np.empty(0))
     labels = next((arrays[name] for name in ("labels", "arr_1") if name in arrays), None)
-    if images is None:
-        raise UserError(f"{path} has no array called images, samples or arr_0")
-    if images.ndim != 4 or images.size == 0 or not {images.shape[1], images.shape[3]} & {1, 3}:
-        raise UserError(f"{path}: images must be N x H x W x C or N x C x H x W with C = 1 or 3, not {images.shape}")
-    is_float = images.dtype.kind == "f" and -1 <= images.min() < images.max() <= 1
-    if images.dtype != np.uint8 and not is_float:
-        raise UserError(f"{path}: images must be uint8, or float within [0, 1] or [-1, 1], not {images.dtype}")
+    has_shape = images.ndim == 4 and images.size > 0 and {images.shape[1], images.shape[3]} & {1, 3}
+    is_float = has_shape and images.dtype.kind == "f" and -1 <= images.min() < images.max() <= 1
+    if not is_float and not (has_shape and images.dtype == np.uint8 and images.max() > 1):
+        wanted = "N x H x W x C or N x C x H x W (C = 1 or 3), uint8 in 0..255 or float in [0, 1] or [-1, 1]"
+        raise UserError(f"{path} needs an array called images, samples or arr_0 that is {wanted}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
         raise UserError(f"{path}: labels must be one integer for each of the {len(images):,} images")
     if images.shape[3] in (1, 3):
@@ -349,8 +315,6 @@ def load_samples(path: str | Path) -> tuple[torch.Tensor, torch.Tensor | list[st
         signed = x.min() < 0
         say(f"{path}: the images are floats, read as in {'[-1, 1]' if signed else '[0, 1]'}")
         x = to_uint8(x if signed else 2 * x - 1)
-    if x.max() <= 1:
-        raise UserError(f"{path}: the largest value is {x.max()}: images must use the range 0..255")
     return x, None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
 
@@ -390,7 +354,5 @@ def _read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
             if isinstance(content, np.ndarray):
                 return {"images": content}
             return {name: content[name] for name in names if name in content}
-    except FileNotFoundError as error:
-        raise UserError(f"there is no sample file {path}") from error
     except Exception as error:  # numpy, zipfile and zlib each raise their own
         raise UserError(f"{path} is not a readable file or folder of samples: {error}") from error

@@ -23,25 +23,20 @@ from utils import UserError, atomic_path, is_out_of_memory, say, sha256
 
 def save_tensors(path, tensors, config):
     """Write named tensors and a configuration (whatever JSON can hold) to a safetensors file."""
-    owned = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    contents = save(owned, {"config": json.dumps(config, sort_keys=True)})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    contents = save(contiguous, {"config": json.dumps(config, sort_keys=True)})
     with atomic_path(path) as temporary:  # not save_file, which hides that the disk is full in an error of its own
         temporary.write_bytes(contents)
 
 
-def read_tensors(path, hint=""):
+def read_tensors(path, hint="was it copied whole?"):
     """The tensors and the configuration that `save_tensors` wrote. Raises UserError, which ends with the hint."""
-    path, hint = Path(path), hint and f": {hint}"
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}{hint}")
     try:
         with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {})["config"])
+            config = json.loads(file.metadata()["config"])
             return {name: file.get_tensor(name) for name in file.keys()}, config
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is not a checkpoint of this project, or it is damaged{hint}") from error
+        raise UserError(f"{path} is not a checkpoint of this project, or missing or damaged: {hint}") from error
 
 
 def save_checkpoint(path, weights, config, losses=None, half=False):
@@ -103,13 +98,13 @@ def load_state(folder, entries=STATE_ENTRIES):
 def find_checkpoint(path):
     """The file that a checkpoint's path stands for: of a run's folder its newest weights. Raises UserError."""
     path = Path(path)
-    if not path.is_dir():
+    if path.is_file():
         return path
     finished, (state, newest) = path / "model.safetensors", load_state(path)
     if finished.exists() and (state is None or read_tensors(finished)[1]["train"]["steps"] >= state["step"]):
         return finished
     if state is None:
-        raise UserError(f"no checkpoint at {path}: the folder holds no run")
+        raise UserError(f"no checkpoint at {path}: there is no such file, or the folder holds no run")
     return newest
 
 
@@ -137,8 +132,6 @@ def read_pickle(path):
     """As `read_checkpoint`, of what torch.save wrote: a run's state, or weights of the course's networks."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"no checkpoint at {path}: {error.strerror}") from error
     except Exception as error:  # torch.load raises whatever the bytes happen to provoke
         if is_out_of_memory(error):
             raise
@@ -204,26 +197,18 @@ def what_it_is(path):
     return next(what for beginning, what in BEGINNINGS.items() if start.startswith(beginning)) if start else "empty"
 
 
-def find_kind(tensors, kind, config, path="the checkpoint"):
-    """The kind of weights meant: "raw", "ema_BETA", or for "ema" the first of the run's --ema-beta that is there.
+def select_weights(tensors, kind, config, path="the checkpoint"):
+    """The kind of weights meant and its state dict. Raises UserError where there is none.
 
-    None is "ema", or "raw" where there is no average. Raises UserError.
+    kind: "raw", "ema_BETA", or "ema", the first of the run's --ema-beta that is there; None: "ema", else "raw".
     """
     kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
-    if kind is None:
-        kind = "ema" if any(k.startswith("ema") for k in kinds) else "raw"
-    if kind == "ema" and kind not in kinds:
-        of_run = [f"ema_{beta:g}" for beta in config["train"]["ema_betas"]]  # a published file may hold some of them
-        kind = next((k for k in of_run if k in kinds), kind)
+    if kind in (None, "ema"):
+        averages = ["ema", *(f"ema_{beta:g}" for beta in config["train"]["ema_betas"])]
+        kind = next((average for average in averages if average in kinds), kind or "raw")
     if kind not in kinds:
         raise UserError(f"{path} has no {kind} weights, only {', '.join(kinds)}")
-    return kind
-
-
-def select_weights(tensors, kind, config, path="the checkpoint"):
-    """The state dict of one kind of weights (see `find_kind`)."""
-    kind = find_kind(tensors, kind, config, path)
-    return {name.removeprefix(f"{kind}/"): w for name, w in tensors.items() if name.startswith(f"{kind}/")}
+    return kind, {name.removeprefix(f"{kind}/"): w for name, w in tensors.items() if name.startswith(f"{kind}/")}
 
 
 def images_seen(settings):
@@ -253,13 +238,11 @@ def build_diffusion(config):
 
 
 def image_shape(model, config):
-    """(C, H, W) of the images that a model works on."""
-    return (model.channels, *[config["data"]["image_size"]] * 2)
-
-
-def check_image_size(model, size):
+    """(C, H, W) of the images that a model works on. Raises UserError for a size that it cannot work on."""
+    size = config["data"]["image_size"]
     if not isinstance(size, int) or size < 1 or size % model.size_multiple:
         raise UserError(f"this network needs an --image-size that {model.size_multiple} divides, not {size}")
+    return model.channels, size, size
 
 
 def load_weights(model, weights, path):
@@ -279,10 +262,10 @@ def load_checkpoint(path, weights=None, device="cpu", image_size=None):
     Raises UserError.
     """
     tensors, config = read_checkpoint(path)
-    config["weights"] = find_kind(tensors, weights, config, path)
+    config["weights"], state = select_weights(tensors, weights, config, path)
     config["data"]["image_size"] = image_size or config["data"].get("image_size")
     model = build_model(config["model"])
-    load_weights(model, select_weights(tensors, config["weights"], config, path), path)
-    check_image_size(model, config["data"]["image_size"])
+    load_weights(model, state, path)
+    image_shape(model, config)  # refuses a size that does not fit
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return model, build_diffusion(config["diffusion"]).to(device), config

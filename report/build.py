@@ -1,10 +1,7 @@
 """From the notebooks to the report.
 
     python report/build.py notebooks [NAME ...]      execute notebooks/NAME.ipynb (default: all) into build/
-    python report/build.py notebooks --inplace       the same, and keep the outputs in notebooks/ (for authors)
     python report/build.py pdf --lastname Perez      typeset report/report.typ as report/Perez_DDPM.pdf
-    python report/build.py pdf --publish             the same, and keep a copy in report/published/ (for authors)
-    python report/build.py pdf --allow-missing       the same with the figures that there are
     python report/build.py tables                    fill in the tables of the README files (for authors)
 
 The report shows a figure or a number only where its file is there, and only if the weights and statistics that it was
@@ -59,13 +56,10 @@ def execute_notebook(path, out, timeout=600):
 
 def run_notebooks(args):
     os.environ["DDPM_PUBLISHING"] = "1"  # see figures.py
-    notebooks = {path.stem: path for path in sorted(ROOT.glob("notebooks/*.ipynb"))}
-    if unknown := [name for name in args.names if name not in notebooks]:
-        raise UserError(f"there is no notebook {unknown[0]}: choose from {', '.join(notebooks)}")
     if not args.names:  # all figures are drawn again; what no notebook draws any more must not stay
-        for record in list(FIGURES.glob("*.json")):  # without which the report does not use a figure
-            record.unlink()
-    for path in [notebooks[name] for name in args.names or notebooks]:
+        shutil.rmtree(FIGURES, ignore_errors=True)
+    paths = [ROOT / f"notebooks/{name}.ipynb" for name in args.names] or sorted(ROOT.glob("notebooks/*.ipynb"))
+    for path in paths:
         out = path if args.inplace else ROOT / "build" / path.name
         execute_notebook(path, out)
         print(f"wrote {out.relative_to(ROOT)}")
@@ -74,38 +68,34 @@ def run_notebooks(args):
             shutil.copyfile(FIGURES / name, PICTURES / name)
 
 
-def claims(value, data=None):
-    """Pairs (what, SHA-256) of the files that a result, or the part of one that is about `data`, was made from."""
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
-        return
-    data = value.get("data", data)
+def claims(value):
+    """Pairs (what, SHA-256) of the files that a result, or a part of one, was made from."""
     for key, part in value.items():
         if key == "sha256":
-            yield value.get("checkpoint") or value.get("name") or f"reference of {data}", part
-        elif key == "reference" and value.get("features", {}).get("name") != data:
+            yield value.get("checkpoint") or value.get("name") or "reference", part
+        elif key == "reference" and value["features"]["name"] != value["data"]:
             pass  # computed in another data set's features, and so not in checkpoints/
         elif key != "config":  # which may name the checkpoint that a training started from
-            yield from claims(part, data)
+            for inner in part if isinstance(part, list) else [part]:
+                yield from claims(inner) if isinstance(inner, dict) else ()
 
 
 def available():
     """The names of the figures and results that the report can use. Raises UserError for one that is out of date."""
-    figures = {path.stem: json.loads(path.read_text()) for path in sorted(FIGURES.glob("*.json"))}
-    for figure in figures.values():
-        for source, recorded in figure["sources"].items():
+    figures = {}
+    for path in sorted(FIGURES.glob("*.json")):
+        record = json.loads(path.read_text())
+        file = figures[path.stem] = record["file"]
+        for source, recorded in record["sources"].items():
             if not (ROOT / source).is_file() or sha256(ROOT / source) != recorded:
-                remedy = "run `python report/build.py notebooks`"
-                raise UserError(f"{figure['file']} was drawn from another {source}: {remedy}")
+                raise UserError(f"{file} was drawn from another {source}: run `python report/build.py notebooks`")
     results = sorted(RESULTS.glob("*.json"))
     checkpoints = {sha256(path) for path in CHECKPOINTS.glob("*.safetensors")}
     for path in results:
         for name, recorded in claims(json.loads(path.read_text())):
             if recorded not in checkpoints and name != "model.safetensors":  # a run's own, which need not ship
                 raise UserError(f'{path.name} was made from another {name} than is there: run its "command" again')
-    files = {name: figure["file"] for name, figure in figures.items()}
-    return {"figures": files, "results": [path.stem for path in results]}
+    return {"figures": figures, "results": [path.stem for path in results]}
 
 
 def typst_options(lastname):
@@ -153,7 +143,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     notebooks = commands.add_parser("notebooks", help="execute the notebooks")
     notebooks.add_argument("names", nargs="*", metavar="NAME", help="such as 01_forward_process (default: all)")
-    notebooks.add_argument("--inplace", action="store_true", help="write the outputs into notebooks/")
+    notebooks.add_argument("--inplace", action="store_true", help="write the outputs into notebooks/ (for authors)")
     notebooks.set_defaults(run=run_notebooks)
     pdf = commands.add_parser("pdf", help="typeset the report")
     pdf.add_argument("--lastname", default="Lastname", help="the name on it and in its file name (default: Lastname)")

@@ -7,15 +7,10 @@ measured number in those files is typed by hand, and a test can tell when one is
 import re
 
 from ddpm_unconditional import GRID
-from figures import CHECKPOINTS, guided_rows, read_result
+from figures import CHECKPOINTS, guided_rows, read_result, table
 from image_data import DATASETS
-from utils import ROOT, UserError
+from utils import ROOT
 from weights import images_seen, read_checkpoint
-
-
-def table(header, rows):
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def distance(row):
@@ -31,7 +26,7 @@ def quality_row(model, q):
     return [f"{DATASETS[q['data']].title}, {model}", f"{q['frechet_distance']:.3f}", floor, agreement]
 
 
-def results_table():
+def results():
     """The models that ship: the grid's best and worst, longer trainings, guided and not."""
     grid = sorted((row for row in read_result("grid")["runs"] if row["name"] in GRID), key=distance)
     rows = []
@@ -51,26 +46,24 @@ def results_table():
             interval = f" --cfg-interval {' '.join(map(str, row['cfg_interval']))}" if row.get("cfg_interval") else ""
             guidance = f"`--cfg-scale {row['cfg_scale']:g}{interval}`" if row["cfg_scale"] != 1 else "no guidance"
             rows.append(quality_row(longer + guidance, row["quality"]))
-    return table(["model", "Fréchet distance", "floor", "label agreement"], rows)
+    return table(["model", "Fréchet distance", "floor", "label agreement"], rows).data
 
 
-def speed_table():
+def speed():
     """The comparisons of speed, a table for each machine."""
-    rows, parts = [row for row in read_result("benchmark")["rows"] if "gain" in row], []
-    for machine in dict.fromkeys(row["machine"] for row in rows):
-        here = [row for row in rows if row["machine"] == machine]
-        lines = []
-        for row in here:
+    machines = {}
+    for row in read_result("benchmark")["rows"]:
+        if "gain" in row:
             note = f" ({row['note']})" if "note" in row else ""
             sides = [f"{row[side]['median']:.3g} {row['unit']}" for side in ("plain", "ours")]
-            lines.append([row["what"] + note, *sides, "{median:.3g} ({min:.3g} to {max:.3g})".format(**row["gain"])])
-        loads = [row["load_before"] for row in here]
-        parts.append(f"On {machine} (load average before the measurements: {min(loads):.1f} to {max(loads):.1f}):")
-        parts.append(table(["what", "plain", "ours", "times better (lowest to highest)"], lines))
-    return "\n\n".join(parts)
+            better = "{median:.3g} ({min:.3g} to {max:.3g})".format(**row["gain"])
+            cells = [row["what"] + note, *sides, better, f"{row['load_before']:.1f}"]
+            machines.setdefault(row["machine"], []).append(cells)
+    heads = ["what", "plain", "ours", "times better (lowest to highest)", "load before"]
+    return "\n\n".join(f"On {machine}:\n\n{table(heads, rows).data}" for machine, rows in machines.items())
 
 
-def samplers_table():
+def samplers():
     """Fréchet distance against sampler and steps."""
     rows = [row for row in read_result("benchmark")["rows"] if "samplers" in row]
     counts = list(rows[0]["samplers"]["ddpm"])
@@ -79,13 +72,12 @@ def samplers_table():
         for sampler, points in row["samplers"].items():
             distances = [f"{points[n]['frechet_distance']:.2f}" if n in points else "" for n in counts]
             lines.append([f"`{row['checkpoint']}`", sampler, *distances])
-    return table([rows[0]["what"], "sampler", *(f"{n} steps" for n in counts)], lines)
+    return table([rows[0]["what"], "sampler", *(f"{n} steps" for n in counts)], lines).data
 
 
-def reliability_list():
+def reliability():
     """What the stress tests did and saw."""
-    result = read_result("reliability")
-    kill, disk, fuzz = result["kill"], result["disk_full"], result["fuzz"]
+    kill, disk, fuzz = (read_result("reliability")[test] for test in ("kill", "disk_full", "fuzz"))
     train, other = disk["training"], disk["sample_publish_unpack"]
     survived = train["survived_and_resumed_to_the_same_bits"] + other["survived_with_nothing_half_written"]
     return f"""- `{kill["command"]}`: training was killed {sum(kill["kills"].values())} times,
@@ -94,10 +86,9 @@ def reliability_list():
   {kill["unreadable_states_or_checkpoints"]} files could not be read; {kill["saved_steps_lost"]} saved steps were lost.
 - `{disk["command"]}`: the disk was full at {train["faults"] + other["faults"]} different moments.
   {survived} times nothing was lost or left half written.
-- `{fuzz["command"]}`: {fuzz["cases"]:,} commands with odd flags or damaged files.
-  {fuzz["refused_with_one_line"]:,} were refused with one clear line;
-  {fuzz["accepted"]} made sense and ran; {fuzz["tracebacks_hangs_half_written_or_outside"]} ended in a traceback, a hang
-  or a half-written file."""
+- `{fuzz["command"]}`: of {fuzz["cases"]:,} commands with odd flags or damaged files,
+  {fuzz["refused_with_one_line"]:,} were refused with one clear line, {fuzz["accepted"]} made sense and ran, and
+  {fuzz["tracebacks_hangs_half_written_or_outside"]} ended in a traceback, a hang or a half-written file."""
 
 
 def measured(stem):
@@ -107,7 +98,7 @@ def measured(stem):
     return read_result(f"samples_{stem}") or (min(rows, key=distance)["quality"] if rows else None)
 
 
-def checkpoints_table():
+def checkpoints():
     """Every published model: what it was trained on, for how long, and its numbers."""
     rows = []
     for path in sorted(CHECKPOINTS.glob("*.safetensors")):
@@ -115,52 +106,38 @@ def checkpoints_table():
             continue
         tensors, config = read_checkpoint(path)
         train, diffusion, data = config["train"], config["diffusion"], config["data"]
-        how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}"
         bound = ", vlb" if diffusion.get("objective") == "vlb" else ""
+        how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}{bound}"
         seen = images_seen(train)
         epochs = f"{seen / 1e6:.2f} M ({seen / data['images']:.3g} epochs)"
-        kinds = sorted({name.split("/")[0] for name in tensors if "/" in name})
+        kinds = ", ".join(sorted({name.split("/")[0] for name in tensors if "/" in name}))
         size = f"{path.stat().st_size / 1e6:.1f} MB"
         q = measured(path.stem)
         reached = f"{q['frechet_distance']:.3f} ({q['samples']:,} samples)" if q else ""
-        about = [how + bound, epochs, str(train["seed"]), ", ".join(kinds), size, reached]
-        rows.append([f"`{path.stem}`", DATASETS[data["name"]].title, *about])
-    return table(["file", "data", "diffusion", "images seen", "seed", "weights", "size", "Fréchet"], rows)
+        title = DATASETS[data["name"]].title
+        rows.append([f"`{path.stem}`", title, how, epochs, train["seed"], kinds, size, reached])
+    return table(["file", "data", "diffusion", "images seen", "seed", "weights", "size", "Fréchet"], rows).data
 
 
-def trials_table():
+def trials():
     """What was tried before the long trainings, in equal minutes, whether it paid or not."""
-    rows = [
-        [DATASETS[r["data"]].title, r["what"], str(r["seed"]), f"{r['cpu_minutes']:.1f}", f"{r['steps']}"]
-        + [f"{r['frechet_distance']:.2f} ± {r['standard_error']:.2f}"]
-        for r in read_result("trials")["rows"]
-    ]
-    return table(["data", "what", "seed", "minutes", "steps", "Fréchet"], rows)
+    rows = []
+    for r in read_result("trials")["rows"]:
+        reached = f"{r['frechet_distance']:.2f} ± {r['standard_error']:.2f}"
+        rows.append([DATASETS[r["data"]].title, r["what"], r["seed"], f"{r['cpu_minutes']:.1f}", r["steps"], reached])
+    return table(["data", "what", "seed", "minutes", "steps", "Fréchet"], rows).data
 
 
-TABLES = {
-    "results": results_table,
-    "speed": speed_table,
-    "samplers": samplers_table,
-    "reliability": reliability_list,
-    "checkpoints": checkpoints_table,
-    "trials": trials_table,
-}
-
-
-def fill(text):
-    """`text` with every table made anew. Raises UserError for a name that no table has."""
-
-    def replace(match):
-        if match[1] not in TABLES:
-            raise UserError(f"there is no table {match[1]!r}: choose from {', '.join(TABLES)}")
-        contents = TABLES[match[1]]().replace("Frechet", "Fréchet")  # results are plain ASCII
-        return f"<!-- {match[1]} -->\n{contents}\n<!-- end -->"
-
-    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+TABLES = {make.__name__: make for make in (results, speed, samplers, reliability, checkpoints, trials)}
 
 
 def filled():
     """{page: its text with every table made anew}"""
+
+    def replace(match):
+        contents = TABLES[match[1]]().replace("Frechet", "Fréchet")  # results are plain ASCII
+        return f"<!-- {match[1]} -->\n{contents}\n<!-- end -->"
+
+    tables = re.compile(rf"<!-- ({'|'.join(TABLES)}) -->\n.*?<!-- end -->", re.DOTALL)
     pages = [ROOT / page for page in ("README.md", "BENCHMARKS.md", "checkpoints/README.md")]
-    return {page: fill(page.read_text()) for page in pages}
+    return {page: tables.sub(replace, page.read_text()) for page in pages}

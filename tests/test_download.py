@@ -185,7 +185,7 @@ LINKS = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
         ("zip", [], ask_for_a_password, "password"),
         ("zip", [], lambda content: b"", "neither a folder nor a zip or tar archive"),
         ("zip", [], lambda content: b"no archive", "neither a folder nor a zip or tar archive"),
-        ("zip", [], lambda content: b"\n<!DOCTYPE html><title>Sign in", "is a web page"),
+        ("zip", [], lambda content: b"\n<!DOCTYPE html><title>Sign in", "is it a web page"),
         ("zip", [], lambda content: content[: len(content) // 2], "ends early"),
         ("zip", [], lambda content: content[:400] + b"\0\xff\0\xff" * 5 + content[420:], "is damaged"),
         ("w:gz", [], lambda content: content[: len(content) // 2], "ends early"),
@@ -202,10 +202,10 @@ def test_bad_archives_are_refused(root, source, tmp_path, refused, kind, more, c
     "name, folder, words",
     [
         ("cifar10", "flat", "use class folders"),
-        ("cifar10", "wolf", "has the classes cat, wolf"),
+        ("cifar10", "wolf", "no image for the test split"),
         ("landscapes", "empty", "no image"),
-        ("landscapes", "not there", "no such file"),
-        ("fashion_mnist", "flat", "neither the IDX files"),
+        ("landscapes", "not there", "No such file"),
+        ("fashion_mnist", "flat", "has no labels"),
     ],
 )
 def test_wrong_layouts_are_refused(root, tmp_path, source, refused, name, folder, words):

@@ -273,9 +273,9 @@ def test_minutes(tiny_data, tmp_path, monkeypatch, capsys):
     assert contents(tmp_path / "parts")[0] == contents(tmp_path / "whole")[0]
     train(tiny_config(steps=None), tiny_data, tmp_path / "whole", resume=True, minutes=2)
     err = capsys.readouterr().err
-    assert "fixed at 30 steps: --epochs makes it longer" in err and "30 steps fit into --minutes" in err
+    assert "going on from step 30 of 30 (more --epochs make it longer)" in err and "a run of 30 steps" in err
     train(tiny_config(steps=None), tiny_data, tmp_path / "short", minutes=0.5)  # as 15 steps would take
-    assert "15 steps fit into --minutes here, and 20 are made already" in capsys.readouterr().err
+    assert "a run of 20 steps" in capsys.readouterr().err
     assert load_state(tmp_path / "short")[0]["step"] == 20
 
 
@@ -388,13 +388,12 @@ def test_two_processes_are_one(tiny_data, tmp_path, interrupt):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"lr": 2e-3}, "was started with lr = 0.001, not 0.002: --resume goes on with the same settings only"),
+        ({"lr": 2e-3}, "was started with lr = 0.001, not 0.002: --resume goes on with the same settings and images"),
         ({"ema_betas": [0.5]}, "was started with ema_betas = "),
         ({"width": 16}, "was started with width = 8"),
         ({"schedule": "linear"}, "was started with schedule = cosine"),
         ({"images": 41}, "was started with images = 40"),
-        ({"folder": "41 files, b", "images": 41}, r"other images are there now \(40 files then, 41 files now\)"),
-        ({"folder": "40 files, b"}, r"other images are there now \(as many, but other names or sizes\)"),
+        ({"folder": "40 files, b"}, "was started with folder = 40 files, a, not 40 files, b"),
         ({"steps": 11}, "12 steps already, more than 11"),
     ],
 )
@@ -449,18 +448,17 @@ def test_a_process_that_fails_alone(at_once, tiny_data, tmp_path):
 
 def test_one_variable_is_not_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # by a scheduler
-    with training.process_group() as group:
-        assert group == (0, 1) and utils.is_main()
+    assert training.join_process_group() == (0, 1) and utils.is_main()
 
 
-@pytest.mark.parametrize("device, words", [("auto", "more processes than GPUs: start 1"), ("mps", "need --device cpu")])
-def test_several_processes_need_cpus_or_all_gpus(device, words, monkeypatch, tiny_data, tmp_path):
+@pytest.mark.parametrize("device", ["auto", "mps"])
+def test_several_processes_need_cpus_or_all_gpus(device, monkeypatch, tiny_data, tmp_path):
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(utils, "pick_device", lambda name: torch.device(name))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match="need a GPU each, or --device cpu"):
         train(tiny_config(), tiny_data, tmp_path / "run", device=device)
 
 
@@ -521,17 +519,17 @@ def test_a_second_process_is_refused(tiny_data, tmp_path):
     train(tiny_config(steps=1), tiny_data, tmp_path)
 
 
-@pytest.mark.parametrize("error", [OSError(code, "no") for code in training.NO_LOCKS] + [NotImplementedError()])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSYS, "no"), OSError(errno.ENOLCK, "no"), NotImplementedError()])
 def test_a_file_system_without_locks(tiny_data, tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=error))
     train(tiny_config(steps=1), tiny_data, tmp_path / "run")
-    assert "without locks" in capsys.readouterr().err and (tmp_path / "run/model.safetensors").exists()
+    assert "cannot be locked" in capsys.readouterr().err and (tmp_path / "run/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("steps", [1, 12])
 def test_what_is_not_finite_is_not_saved(tiny_data, tmp_path, steps):
     """Also where the last step's loss is still finite, and its update is not."""
-    with pytest.raises(UserError, match="not finite at step 1 .*smaller --lr; the last good state is step 0"):
+    with pytest.raises(UserError, match="diverged by step [12]: .*smaller --lr .*; the last good state is step 0"):
         train(tiny_config(steps=steps, optimizer="sgd", lr=1e300), tiny_data, tmp_path)
     assert load_state(tmp_path)[0]["step"] == 0 and not (tmp_path / "model.safetensors").exists()
 

@@ -1,6 +1,5 @@
 """utils.py: errors, atomic files, arguments, devices, seeds, pictures, sample files."""
 
-import contextlib
 import errno
 import os
 import signal
@@ -52,32 +51,6 @@ def test_a_request_to_terminate_leaves_nothing_half_written(tmp_path):
         utils.command_line(main)
     assert exit.value.code == 143
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "operation, error, said",
-    [
-        ("open", errno.EACCES, True),  # a folder that may be written but not read
-        ("fsync", errno.EINVAL, True),
-        ("fsync", errno.EIO, None),
-    ],
-)
-def test_systems_that_cannot_flush_go_on_with_a_notice(operation, error, said, tmp_path, monkeypatch, capsys):
-    real_open = os.open
-
-    def refuse(opened, *rest, **options):
-        if operation == "open" and not os.path.isdir(opened):
-            return real_open(opened, *rest, **options)
-        raise OSError(error, os.strerror(error))
-
-    monkeypatch.setattr(os, operation, refuse)
-    expected = contextlib.nullcontext() if said else pytest.raises(UserError, match=os.strerror(error))
-    for _ in range(2):
-        with expected, atomic_path(tmp_path / "x.txt") as temporary:
-            temporary.write_text("whole")
-    monkeypatch.undo()
-    assert [path.read_text() for path in tmp_path.iterdir()] == (["whole"] if said else [])
-    assert capsys.readouterr().err.count("power cut") == bool(said)
 
 
 def test_every_script_starts_without_the_modules_that_only_unix_has():
@@ -139,8 +112,6 @@ def test_equal_keys_give_equal_streams_and_others_different_ones():
     draws = [torch.rand(4, generator=generator(*key)).tolist() for key in keys]
     assert draws == [torch.rand(4, generator=generator(*key)).tolist() for key in keys]
     assert len({tuple(draw) for draw in draws}) == len(keys)
-    with pytest.raises(UserError, match="0 or more"):
-        generator(-1)
 
 
 def test_pixels_survive_the_model_range():
@@ -163,9 +134,6 @@ def test_image_grid(tmp_path):
     assert image_grid(images, columns=9, padding=0, scale=3).shape == (12, 45, 3)
     alone = image_grid(images[:1], columns=2)
     assert alone.shape == (8, 9, 3) and (alone[2:-2, 2:-2] == 0).all() and (alone == 255).sum() == alone.size - 60
-    for bad in (images[:0], images.float(), images[0]):
-        with pytest.raises(UserError, match="grid"):
-            image_grid(bad, 2)
     utils.save_grid(images, tmp_path / "new/grid.png", 2)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "new/grid.png")), image_grid(images, 2))
 
@@ -183,7 +151,7 @@ GREYS = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
 @pytest.mark.parametrize("palette", [GREYS, np.random.default_rng(0).integers(0, 256, (256, 3), np.uint8)])
 def test_greys_and_up_to_256_colours_are_exact_in_gifs(palette, tmp_path):
     frames = [np.roll(palette, i, axis=0).reshape(16, 16, 3) for i in range(10)]
-    save_gif(frames, tmp_path / "x.gif", fps=20, hold=1)
+    save_gif(frames, tmp_path / "x.gif")
     read = list(gif_frames(tmp_path / "x.gif"))
     assert np.array_equal(np.stack([frame for frame, _ in read]), frames)
     assert [info["duration"] for _, info in read] == [50] * 9 + [1050] and read[0][1]["loop"] == 0
@@ -199,13 +167,6 @@ def test_rare_saturated_colours_survive_in_gifs(tmp_path):
     save_gif([255 - picture, picture], tmp_path / "x.gif")
     error = np.abs(list(gif_frames(tmp_path / "x.gif"))[-1][0] - picture)
     assert error.max() <= 20 and error.mean() <= 3
-
-
-def test_gifs_that_cannot_be(tmp_path):
-    frame = np.zeros((6, 8, 3), np.uint8)
-    for frames, fps in (([], 20), ([frame], 0), ([frame], 51)):
-        with pytest.raises(UserError, match="a GIF needs at least one frame, and shows at most 50 a second"):
-            save_gif(frames, tmp_path / "bad.gif", fps=fps)
 
 
 def test_samples(tmp_path):
@@ -251,7 +212,7 @@ def test_pictures_of_other_programs(tmp_path):
     images, labels = load_samples(tmp_path / "grey")
     assert images.shape == (2, 1, 8, 8) and labels == ["a", "b"]
     (tmp_path / "empty").mkdir()
-    for path, words in (("", "must be of one size"), ("empty", "it has no pictures"), ("x.npz", "no sample file")):
+    for path, words in (("", "must be of one size"), ("empty", "it has no pictures"), ("x.npz", "not a readable file")):
         with pytest.raises(UserError, match=words):
             load_samples(tmp_path / path)
 
@@ -259,13 +220,13 @@ def test_pictures_of_other_programs(tmp_path):
 @pytest.mark.parametrize(
     "arrays, words",
     [
-        ({"pictures": np.zeros((2, 4, 4, 1), np.uint8)}, "no array called images"),
+        ({"pictures": np.zeros((2, 4, 4, 1), np.uint8)}, "an array called images"),
         ({"images": np.zeros((2, 4, 4, 1))}, "uint8"),
-        ({"images": np.ones((2, 4, 4, 1), np.uint8)}, "largest value is 1"),
+        ({"images": np.ones((2, 4, 4, 1), np.uint8)}, "uint8 in 0..255"),
         ({"images": np.zeros((0, 4, 4, 1), np.uint8)}, "N x H x W x C"),
         ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, "N x H x W x C"),
-        ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(3, int)}, "labels"),
-        ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(2)}, "labels"),
+        ({"images": PIXELS, "labels": np.zeros(3, int)}, "labels"),
+        ({"images": PIXELS, "labels": np.zeros(5)}, "labels"),
         ({"images": np.array([Malicious("pwned")])}, "not a readable"),
     ],
 )

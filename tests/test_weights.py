@@ -192,6 +192,6 @@ def test_init_without_raw_weights_and_with_other_classes(finished, tiny_data, tm
     fresh = run.model.label_emb.weight.clone()
     run.start_from(tmp_path / "x.safetensors")
     err = capsys.readouterr().err
-    assert "has no raw weights: training starts from ema_0.9" in err and "trained on 2 classes, not 3" in err
+    assert "has no raw weights: training starts from ema_0.9" in err and "begin anew, such as label_emb.weight" in err
     for model in (run.model, *run.ema_models.values()):
         assert torch.equal(model.label_emb.weight, fresh) and torch.equal(model.stem.weight, average["stem.weight"])
