@@ -1,7 +1,7 @@
 """How much faster this project trains and samples than a plain implementation, on this machine.
 
     python benchmark.py                            every comparison of speed
-    python benchmark.py --only train_28 sample     some of them; what else the file holds stays in it
+    python benchmark.py --only guided sample           some of them; what else the file holds stays in it
     python benchmark.py --only minutes samplers    what training and sampling reach: these take hours
 
 The plain side: float32, images one at a time through PIL, attention that stores its matrices, Adam and EMA tensor by
@@ -41,14 +41,13 @@ from image_data import load_data
 from utils import ROOT, UserError, pick_device
 from weights import build_model, describe_checkpoint, load_checkpoint
 
-EXPERIMENTS = {"name": "PatchUNet", "channels": 1}
-DEFAULT = EXPERIMENTS | SHAPE
-ANNOTATED = EXPERIMENTS | {"width": 28, "mults": [1, 2, 4], "depth": 2, "patch": 1, "block": "convnext"}
+DEFAULT = {"name": "PatchUNet", "channels": 1} | SHAPE
+ANNOTATED = DEFAULT | {"width": 28, "mults": [1, 2, 4], "depth": 2, "block": "convnext", "attention": True}
 COURSE = {"name": "UNet_conditional", "channels": 1, "num_classes": 10}
 TIMESTEPS, EMA_BETA, P_UNCOND = 1000, 0.995, 0.1
 TURNS, AT_LEAST = 3, 2.0  # a turn repeats its work for so many seconds
 SAMPLES, IMAGE = 2000, (1, 28, 28)  # how many for a distance, and of which shape
-QUICK, BEST, GUIDED = "grid_cosine_l2", "fashion_mnist", "fashion_mnist_conditional_20_epochs"  # published checkpoints
+BEST, GUIDED = "fashion_mnist", "fashion_mnist_conditional_20_epochs"  # published checkpoints
 
 
 def load_images(size):
@@ -222,26 +221,24 @@ def minutes_to_equal_quality(name, every=200):
 
 
 def compare_samplers(name):
-    """Frechet distance against sampler and steps, of a quickly trained network and of the best one: a row for each."""
-    for checkpoint in (QUICK, BEST):
-        model, diffusion, _ = load_model(checkpoint, SAMPLES)
-        points = {}
-        for sampler, eta in (("ddpm", None), ("ddim", 0.0), ("dpm", 0.0), ("dpm", 1.0)):
-            curve = points[sampler if eta is None else f"{sampler}, eta = {eta:g}"] = {}
-            for steps in (5, 10, 20, 50, 100):
-                reached = distance(model, diffusion, sampler=sampler, steps=steps, eta=eta)
-                curve[str(steps)] = {"frechet_distance": reached, "samples": SAMPLES}
-        about = {"name": f"{name}_{checkpoint}", "what": f"Frechet distance of {SAMPLES:,} samples"}
-        yield about | describe_checkpoint(ROOT / f"checkpoints/{checkpoint}.safetensors") | {"samplers": points}
+    """Frechet distance against sampler and steps, of the best network."""
+    model, diffusion, _ = load_model(BEST, SAMPLES)
+    points = {}
+    for sampler, eta in (("ddpm", None), ("ddim", 0.0), ("dpm", 0.0), ("dpm", 1.0)):
+        curve = points[sampler if eta is None else f"{sampler}, eta = {eta:g}"] = {}
+        for steps in (5, 10, 20, 50, 100):
+            reached = distance(model, diffusion, sampler=sampler, steps=steps, eta=eta)
+            curve[str(steps)] = {"frechet_distance": reached, "samples": SAMPLES}
+    about = {"name": f"{name}_{BEST}", "what": f"Frechet distance of {SAMPLES:,} samples"}
+    yield about | describe_checkpoint(ROOT / f"checkpoints/{BEST}.safetensors") | {"samplers": points}
 
 
 TRAIN, SAMPLE = (plain_training, our_training), (plain_sampling, our_sampling)
 SPEED = {
-    "train_28": ("training the experiments' network, 28x28, batch 128", "steps/s", TRAIN, (EXPERIMENTS, 28, 128)),
     "train_default": ("training the default network, 28x28, batch 128", "steps/s", TRAIN, (DEFAULT, 28, 128)),
     "train_course_32": ("training the course's network, 32x32, batch 32", "steps/s", TRAIN, (COURSE, 32, 32)),
     "train_course_64": ("training the course's network, 64x64, batch 8", "steps/s", TRAIN, (COURSE, 64, 8)),
-    "sample": ("sampling 64 images, 28x28: 200 steps, ours 10", "s", SAMPLE, (QUICK, 64, 0.0), (200, 1)),
+    "sample": ("sampling 64 images, 28x28: 200 steps, ours 10", "s", SAMPLE, (BEST, 64, 0.0), (200, 1)),
     "guided": ("sampling 10 guided images, 28x28: 999 steps, ours 10", "s", SAMPLE, (GUIDED, 10, 3.0), (999, 1)),
 }
 QUALITY = {"minutes": minutes_to_equal_quality, "samplers": compare_samplers}

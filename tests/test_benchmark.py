@@ -138,9 +138,9 @@ def test_samplers_are_compared_by_steps(monkeypatch):
 
     monkeypatch.setattr(benchmark, "load_model", lambda *_: (None, SimpleNamespace(sample=sample), None))
     monkeypatch.setattr(benchmark.evaluate, "evaluate_samples", lambda x, data_name: {"frechet_distance": int(x.max())})
-    rows = list(benchmark.compare_samplers("samplers"))
-    assert list(rows[0]["samplers"]) == ["ddpm", "ddim, eta = 0", "dpm, eta = 0", "dpm, eta = 1"]
-    points = rows[1]["samplers"]["ddpm"]
+    (row,) = benchmark.compare_samplers("samplers")
+    assert list(row["samplers"]) == ["ddpm", "ddim, eta = 0", "dpm, eta = 0", "dpm, eta = 1"]
+    points = row["samplers"]["ddpm"]
     assert {steps: p["frechet_distance"] for steps, p in points.items()} == {str(s): s for s in (5, 10, 20, 50, 100)}
 
 
