@@ -190,8 +190,11 @@ def load_features(name: str | Path) -> FeatureNet:
     path, train = checkpoint_path("features", name), f"`python evaluate.py train-features {name}`"
     hint = f"{train} makes it where images have class labels; without, add --features cifar10 for photographs"
     weights, config = read_tensors(path, hint)
-    net = FeatureNet(**config["architecture"])
-    net.load_state_dict(weights)
+    try:
+        net = FeatureNet(**config["architecture"])
+        net.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit the network: {hint}") from error
     # a name without a path does for a folder that is elsewhere
     if (here := describe_folder(name)) != (there := config.get("folder")) and (here or str(name) != Path(name).name):
         folders = f"{there or 'unknown'}; here {here or 'none'}"
