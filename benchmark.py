@@ -190,7 +190,7 @@ def compare(name, what, unit, sides, settings, amounts=(1, 1)):
 def distance(model, diffusion, **options):
     """Frechet distance of the model's samples from the test images of Fashion-MNIST."""
     with utils.autocast(pick_device()):
-        images = diffusion.sample(model, SAMPLES, IMAGE, progress=utils.progress, **options)
+        images = diffusion.sample(model, SAMPLES, IMAGE, desc="sampling", **options)
     return evaluate.evaluate_samples(utils.to_uint8(images), data_name="fashion_mnist")["frechet_distance"]
 
 

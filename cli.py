@@ -1,7 +1,6 @@
 """The command line that ddpm_unconditional.py, ddpm.py and ddpm_conditional.py share: train, sample, publish."""
 
 import argparse
-import functools
 import math
 from pathlib import Path
 
@@ -265,8 +264,7 @@ def run_sample(args):
             save_denoising_gif((utils.to_uint8(x).cpu() for x in bar), count, args.out, columns)
         else:
             options |= {"batch_size": args.batch_size, "x_T": x_T}
-            bar = functools.partial(utils.progress, unit="step", desc="sampling")
-            batches = diffusion.sample_batches(eps_models, args.n, shape, progress=bar, **options)
+            batches = diffusion.sample_batches(eps_models, args.n, shape, desc="sampling", **options)
             images = torch.cat([utils.to_uint8(x) for x in batches])
             if suffix == ".png":
                 utils.save_grid(images, args.out, columns)

@@ -22,10 +22,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from utils import UserError, command_line, generator, look_up
+from utils import UserError, command_line, generator, look_up, progress
 
 BETA_START, BETA_END = 1e-4, 0.02  # chosen by Ho et al. for T = 1000
-MAX_TIMESTEPS = 100_000
 MIN_SIGNAL = 1e-4  # alphas_cumprod where few-step sampling starts
 
 
@@ -69,10 +68,9 @@ def beta_schedule(name, timesteps):
 
     Raises ValueError for an unknown name and for T < 1 or beyond reason.
     """
-    schedule = look_up(SCHEDULES, name, "schedule")
-    if not 1 <= timesteps <= MAX_TIMESTEPS:
-        raise ValueError(f"timesteps must be between 1 and {MAX_TIMESTEPS}, not {timesteps}")
-    return schedule(timesteps)
+    if not 1 <= timesteps <= 100_000:
+        raise ValueError(f"timesteps must be between 1 and 100,000, not {timesteps}")
+    return look_up(SCHEDULES, name, "schedule")(timesteps)
 
 
 # --- losses and objectives -----------------------------------------------------------------------------------------
@@ -229,7 +227,7 @@ class Diffusion:
         shape is C x H x W; x_T replaces the starting noise; steps, eta: None is the sampler's default (see `SAMPLERS`).
         options: the sampler's `variance` and `clip`.
         """
-        draw = ImageNoise(seed, indices, shape, self.betas.device)
+        draw = image_noise(seed, indices, shape, self.betas.device)
         x = draw() if x_T is None else x_T.to(self.betas.device)
         steps, eta = self.step_count(sampler, steps), noise_level(sampler, eta)
         run = SAMPLERS[sampler].function
@@ -244,36 +242,32 @@ class Diffusion:
         """n samples, n x C x H x W on the CPU; options as for `sample_batches`."""
         return torch.cat(list(self.sample_batches(lambda part: eps_model, n, shape, **options)))
 
-    def sample_batches(self, predictor, n, shape, batch_size=250, x_T=None, progress=None, **options):
+    def sample_batches(self, predictor, n, shape, batch_size=250, x_T=None, desc=None, **options):
         """Yield n samples, float on the CPU, in batches of at most batch_size; options as for `trajectory`.
 
         predictor(part): the eps_model for the images of the slice `part`, which may have labels of their own.
-        progress(total=...): makes a bar, such as tqdm's, that is moved on after every step of every batch.
+        desc: the name of a bar that shows every step of every batch; None: there is no bar.
         """
         firsts = range(0, n, batch_size)
         steps = self.step_count(options.get("sampler", "ddim"), options.get("steps"))
-        bar = progress(total=steps * len(firsts)) if progress else None
-        for first in firsts:
-            part = slice(first, first + batch_size)
-            start = None if x_T is None else x_T[part]
-            for i, x in enumerate(self.trajectory(predictor(part), shape, range(n)[part], x_T=start, **options)):
-                if bar is not None and i > 0:
-                    bar.update()
-            yield x.float().cpu()
-        if bar is not None:
-            bar.close()
+        with progress(total=steps * len(firsts), unit="step", desc=desc, disable=desc is None) as bar:
+            for first in firsts:
+                part = slice(first, first + batch_size)
+                start = None if x_T is None else x_T[part]
+                for i, x in enumerate(self.trajectory(predictor(part), shape, range(n)[part], x_T=start, **options)):
+                    bar.update(i > 0)
+                yield x.float().cpu()
 
 
-class ImageNoise:
-    """Standard normal noise in which image i's stream comes from (seed, i), whatever batch it is drawn in."""
+def image_noise(seed, indices, shape, device="cpu"):
+    """A function that draws standard normal noise: image i's comes from (seed, i), whatever batch it is drawn in."""
+    generators = [generator(seed, i) for i in indices]
 
-    def __init__(self, seed, indices, shape, device="cpu"):
-        self.generators = [generator(seed, i) for i in indices]
-        self.shape, self.device = shape, device
+    def draw():
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return noise.to(device, memory_format=torch.channels_last)
 
-    def __call__(self):
-        noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
-        return noise.to(self.device, memory_format=torch.channels_last)
+    return draw
 
 
 # --- samplers ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ python ddpm_unconditional.py sample --checkpoint runs/cosine_huber/model.safeten
 """
 
 import argparse
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +19,7 @@ from ddpm import LOSSES, SCHEDULES
 from features import check_shape, load_features, load_splits
 from image_data import load_data
 from utils import UserError, say
-from weights import load_checkpoint, read_checkpoint, save_checkpoint, select_weights
+from weights import image_shape, load_checkpoint, read_checkpoint, save_checkpoint, select_weights
 
 # The best of a dozen shapes after two minutes of training each.
 SHAPE = {"patch": 1, "width": 16, "mults": [1, 4, 4], "attention": False}
@@ -29,12 +28,12 @@ SHAPE = {"patch": 1, "width": 16, "mults": [1, 4, 4], "attention": False}
 GRID = {f"{schedule}_{loss}": {"schedule": schedule, "loss": loss} for loss in LOSSES for schedule in SCHEDULES}
 # How large are differences that mean nothing? The same experiments with other seeds.
 SEEDS = {f"{name}_seed{seed}": cell | {"seed": seed} for seed in (1, 2) for name, cell in GRID.items()}
-CHANGES = {"T200": {"timesteps": 200}, "flip": {"flip": True}, "9_epochs": {"epochs": 9.0}}
+CHANGES: dict = {"T200": {"timesteps": 200}, "flip": {"flip": True}, "9_epochs": {"epochs": 9.0}}
 ABLATIONS = {
     f"{name}_{change}": GRID[name] | CHANGES[change] for change in CHANGES for name in ("linear_l2", "cosine_l2")
 }
 # The bonus: the true bound's weights, in the loss or in how often each t is drawn. Its twins without them: linear_l2.
-WEIGHTS = {"vlb": {"objective": "vlb"}, "vlb_sampled": {"timestep_sampling": "vlb"}}
+WEIGHTS: dict = {"vlb": {"objective": "vlb"}, "vlb_sampled": {"timestep_sampling": "vlb"}}
 BONUS = {
     f"{name}_seed{seed}": GRID["linear_l2"] | {"seed": seed} | WEIGHTS[name] for name in WEIGHTS for seed in (0, 1, 2)
 }
@@ -116,18 +115,17 @@ def measure(name, folder, data, n, device):
     tensors, config = read_checkpoint(folder / "model.safetensors")
     path, losses = folder / "ema.safetensors", tensors["losses"]
     save_checkpoint(path, {"ema": select_weights(tensors, "ema", config)[1]}, config, losses, half=True)
-    model, diffusion, _ = load_checkpoint(path, device=utils.pick_device(device))
-    size = config["data"]["image_size"]
+    device = utils.pick_device(device)
+    model, diffusion, _ = load_checkpoint(path, device=device)
+    shape = image_shape(model, config)
 
     def sample_and_measure(picture, x_T=None):
-        bar = functools.partial(utils.progress, unit="step", desc=f"sampling {name}")
-        shape = (model.channels, size, size)
-        with utils.autocast(diffusion.betas.device):
-            images = utils.to_uint8(diffusion.sample(model, n, shape, **SAMPLER, progress=bar, x_T=x_T))
+        with utils.autocast(device):
+            images = utils.to_uint8(diffusion.sample(model, n, shape, **SAMPLER, desc=f"sampling {name}", x_T=x_T))
         utils.save_grid(images[:64], folder / picture, columns=8)
         return evaluate.evaluate_samples(images, data_name=data)
 
-    test = load_data(data, "test", size)
+    test = load_data(data, "test", shape[-1])
     test = utils.to_model(first_images(test, min(1000, len(test))))
     result = {
         "name": name,
@@ -142,18 +140,16 @@ def measure(name, folder, data, n, device):
     }
     if diffusion.alphas_cumprod[-1] > 0.01 and config["train"]["seed"] == 0:
         # The forward process stops short of noise: is the network to blame, or the N(0, I) that sampling starts from?
-        x0 = utils.to_model(first_images(load_splits(data, size)[0], n))
-        noise = torch.randn(x0.shape, generator=utils.generator(0, 2))
-        x0, noise = x0.to(diffusion.betas.device), noise.to(diffusion.betas.device)
-        x_T = diffusion.q_sample(x0, torch.full((len(x0),), diffusion.timesteps - 1, device=x0.device), noise)
+        x0 = utils.to_model(first_images(load_splits(data, shape[-1])[0], n)).to(device)
+        noise = torch.randn(x0.shape, generator=utils.generator(0, 2)).to(device)
+        x_T = diffusion.q_sample(x0, torch.full((n,), diffusion.timesteps - 1, device=device), noise)
         result["quality_from_true_x_T"] = sample_and_measure("samples_from_true_x_T.png", x_T)
     utils.write_json(folder / "result.json", result)
 
 
 def main(argv=None):
     parser, commands = cli.make_parser(__doc__.splitlines()[0], "fashion_mnist", SHAPE)
-    help = "the experiments: 4 schedules x 3 losses, trained and measured"
-    grid = commands.add_parser("grid", help=help)
+    grid = commands.add_parser("grid", help="the experiments: 4 schedules x 3 losses, trained and measured")
     cli.add_train_flags(grid, conditional=False, shape=SHAPE)
     grid.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs")
     names = list(EXPERIMENTS)

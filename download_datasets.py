@@ -36,7 +36,6 @@ NO_TOKEN = (
     "no Kaggle token that works: (1) sign in at https://www.kaggle.com/settings/api, (2) click Generate New Token, (3) "
     "save it as ~/.kaggle/access_token (Python 3.10: a legacy API key, as kaggle.json) and run `chmod 600` on that file"
 )
-TRUST = "let SSL_CERT_FILE and REQUESTS_CA_BUNDLE name your network's certificates (README.md says more)"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -168,7 +167,7 @@ def why_failed(error: BaseException, secret: bool) -> str:
     if isinstance(error, UserError):
         return str(error)
     if untrusted := re.search(r"certificate verify failed: ([^(]+) \(", "".join(traceback.format_exception(error))):
-        return f"the server's certificate is not trusted ({untrusted[1]}): {TRUST}"
+        return f"the server's certificate is not trusted ({untrusted[1]}): set SSL_CERT_FILE and REQUESTS_CA_BUNDLE"
     status = getattr(getattr(error, "response", None), "status_code", None)
     detail = f", HTTP status {status}" if status else "" if secret else f": {error}"
     return f"the download failed ({type(error).__name__}{detail})"

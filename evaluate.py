@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -179,17 +178,16 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, netw
 
     images: uint8 N x C x H x W. network: how many of Inception's features, or a module that computes others.
     """
+    _, test = features.load_splits(data_name, images.shape[-1], images.shape[1])
     try:
         from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
         from torchmetrics.wrappers import FeatureShare
-    except ImportError:
-        raise UserError("--features inception needs `pip install torchmetrics torch-fidelity`") from None
-    _, test = features.load_splits(data_name, images.shape[-1], images.shape[1])
-    try:  # antialias=False: resized as in the original FID
-        fid = FrechetInceptionDistance(network, antialias=False)
+
+        fid = FrechetInceptionDistance(network, antialias=False)  # resized as in the original FID
         kernel = KernelInceptionDistance(network, subset_size=min(1000, len(images), len(test)))
     except Exception as error:  # a package that is missing, or whatever a failed download provokes
-        raise UserError(f"the Inception weights cannot be had ({error!r}): leave --features out") from error
+        needs = "`pip install torchmetrics torch-fidelity` and, once, the internet, for Inception's weights"
+        raise UserError(f"--features inception needs {needs} ({error!r})") from error
     metrics = FeatureShare([fid, kernel])  # one pass through the network serves both
     for real, source in ((True, test.images), (False, images)):
         for part in progress(source.split(50), desc="Inception"):
@@ -236,8 +234,8 @@ def copying(samples: torch.Tensor, train: ImageData, test: ImageData, seed: int 
         some = data.images[torch.randperm(len(data), generator=g)[:count].sort().values]
         distances.append(nearest_neighbours(samples, dataclasses.replace(data, images=some))[1][:, 0])
     nearer = (distances[0] < distances[1]).double()
-    result = {"share_of_training_images": nearer.mean().item(), "standard_error": standard_error(nearer, correction=0)}
-    return result | {"images_of_each": count, "seed": seed}
+    share = {"share_of_training_images": nearer.mean().item(), "standard_error": standard_error(nearer, correction=0)}
+    return share | {"images_of_each": count, "seed": seed}
 
 
 # --- a model against held-out images ------------------------------------------------------------------------------
@@ -368,10 +366,8 @@ def timestep_ranges(timesteps: int) -> list[int]:
 
 def interval(text: str) -> list[int] | None:
     """An argparse type: 200-700 are the timesteps at which guidance acts, none is all."""
-    if text == "none":
-        return None
-    low, high = map(int, text.split("-"))
-    return [low, high]
+    low, _, high = text.partition("-")
+    return None if text == "none" else [int(low), int(high)]
 
 
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
@@ -419,10 +415,9 @@ def run_sweep(args) -> None:
     for weights, scale, where in settings[len(result["rows"]) :]:
         model, _, loaded = models[weights]
         name = f"{weights}, cfg_scale {scale:g}" + (f" for {where[0]} <= t <= {where[1]}" if where else "")
-        bar = functools.partial(progress, unit="step", desc=name)
         with utils.autocast(device):
             guide = predictor(model, labels, scale, where)
-            batches = diffusion.sample_batches(guide, args.n, shape, seed=args.seed, progress=bar, **sampler)
+            batches = diffusion.sample_batches(guide, args.n, shape, seed=args.seed, desc=name, **sampler)
             images = torch.cat([utils.to_uint8(x) for x in batches])
         quality = evaluate_samples(images, labels, data_name)
         setting = {"weights": weights, "cfg_scale": scale, "cfg_interval": where, "kind": loaded["weights"]}
@@ -449,7 +444,6 @@ def sanity(data_name: str, seed: int = 0, n: int = 5000) -> dict:
     reference, about = features.load_reference(data_name, net)
     n, g = min(n, len(train)), generator(seed)
     order = torch.randperm(len(train), generator=g)
-    assert train.labels is not None
     x, labels = train.images[order[:n]], train.labels[order]
     sets = {"test": test.images[torch.randperm(len(test), generator=generator(seed, 1))[:n]], "train": x}
     for sigma in (0.5, 1.0, 2.0):

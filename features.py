@@ -146,7 +146,6 @@ def load_splits(name: str | Path, image_size=None, channels=None, labels=False) 
 
 def train_epoch(net, optimizer, train: ImageData, recipe, cycle, begin: float, seed: int, epoch: int) -> float:
     """One pass over the data, `begin` (0..1) of the way through `cycle`; its mean loss."""
-    assert train.labels is not None
     net.train()
     total, steps = 0.0, len(train) // recipe["batch_size"]
     batches = torch.randperm(len(train), generator=generator(seed, epoch)).split(recipe["batch_size"])
@@ -173,7 +172,6 @@ def features_of(net: FeatureNet, images: torch.Tensor, batch_size: int = 500) ->
 
 
 def accuracy(net: FeatureNet, data: ImageData) -> float:
-    assert data.labels is not None
     return (features_of(net, data.images)[1].argmax(1) == data.labels).double().mean().item()
 
 

@@ -198,9 +198,8 @@ def frontier(sweeps):
             axis.margins(0.06, 0.14)
             axis.set(xlabel="label agreement, %", ylabel=label, title=DATASETS[name].title)
         ticks = [0.05, 0.1, 0.2, 0.5, 1, 2]
-        distances = [row["quality"]["frechet_distance"] for rows in curves.values() for row in rows]
-        limits = (0.75 * min(distances), 1.3 * max(distances))
-        left.set(yscale="log", yticks=ticks, yticklabels=ticks, ylim=limits)
+        left.set(yscale="log")
+        left.set(yticks=ticks, yticklabels=ticks, ylim=left.get_ylim())
         left.minorticks_off()
         right.legend(loc="lower left")
     return fig

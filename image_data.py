@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,7 +116,7 @@ class ImageData:
     """A data set in memory. `augment` returns its batches as N x C x image_size x image_size."""
 
     images: torch.Tensor  # uint8, N x C x H x W, possibly memory-mapped; larger than image_size where crop is set
-    labels: torch.Tensor | None  # int64, N: index into classes
+    labels: Any  # int64, N: index into classes; None where there are none
     classes: list[str]
     name: str
     flip: bool
@@ -533,18 +534,15 @@ def augment(data: ImageData, index, generator: torch.Generator | None = None) ->
 
 def _random_crops(data: ImageData, index, generator: torch.Generator) -> torch.Tensor:
     """A box of 80-100% of the area, as wide or as high as still fits, at any place in each image, resized."""
-    index = torch.as_tensor(index)
-    side = data.images.shape[-1]
+    index, side = torch.as_tensor(index).tolist(), data.images.shape[-1]
     area, shape, top, left = torch.rand(4, len(index), generator=generator, device=generator.device)
     area = 0.8 + 0.2 * area
     height, width = (area**shape * side).round(), (area ** (1 - shape) * side).round()
     top, left = (top * (side - height + 1)).floor(), (left * (side - width + 1)).floor()
     boxes = torch.stack([top, left, top + height, left + width], 1).int().tolist()
     # one by one, yet fast: PyTorch resizes uint8 images whose channels come last in vectorised integers
-    crops = []
-    for image, (top, left, bottom, right) in zip(index.tolist(), boxes):
-        crops.append(resize(data.images[image : image + 1, :, top:bottom, left:right], data.image_size))
-    return torch.cat(crops)
+    crops = [data.images[i : i + 1, :, top:bottom, left:right] for i, (top, left, bottom, right) in zip(index, boxes)]
+    return torch.cat([resize(crop, data.image_size) for crop in crops])
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -22,7 +22,6 @@ from weights import image_shape, load_checkpoint
 SCALES = [("none", 0.0), *((f"{scale:g}", scale) for scale in (1.5, 2.0, 3.0, 5.0, 7.5))]
 NAMES_WIDTH, HEIGHT = 150, 540  # pixels: of the rows' names, of the picture whichever model is drawn
 
-
 # name: its title, its checkpoint, and the kinds of weights that this holds
 PUBLISHED = {
     "fashion_mnist": (DATASETS["fashion_mnist"].title, "fashion_mnist_conditional", ("raw", "ema")),
@@ -131,8 +130,7 @@ def show():
         waiting.append(asyncio.get_event_loop().call_later(0.05, redraw))
 
     def scrub(_=None):
-        if latest:
-            image.value = figures.png(picture(latest["drawing"], walk.value))
+        image.value = figures.png(picture(latest["drawing"], walk.value))
 
     use_model()
     data.observe(use_model, "value")

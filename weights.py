@@ -223,8 +223,7 @@ def images_seen(settings):
 def build_model(config):
     """A network from its configuration, e.g. {"name": "PatchUNet", "width": 48}."""
     try:
-        arguments = dict(config)
-        return NETWORKS[arguments.pop("name")](**arguments)
+        return NETWORKS[config["name"]](**{name: value for name, value in config.items() if name != "name"})
     except Exception as error:  # a checkpoint may ask for anything, and PyTorch's layers raise what they like
         raise UserError(f"this network cannot be built from {config}: {error}") from error
 

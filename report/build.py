@@ -29,8 +29,6 @@ from figures import CHECKPOINTS, FIGURES, PICTURES, RESULTS, sha256  # noqa: E40
 from report import tables  # noqa: E402
 from utils import ArgumentParser, UserError, atomic_path, command_line, progress  # noqa: E402
 
-TIMESTAMP = 1_700_000_000  # of every PDF, so that equal contents are equal bytes
-
 
 def execute_notebook(path, out, timeout=600):
     """Run all cells of a notebook in its own folder and write it, with the outputs, to `out`. Raises UserError."""
@@ -114,8 +112,8 @@ def build_pdf(lastname, out=None, allow_missing=True):
         todo = "run `python report/build.py notebooks`, or go on without them by --allow-missing"
         raise UserError(f"{len(missing)} figures are not drawn yet ({', '.join(missing)}): {todo}")
     out = out or REPORT / f"{lastname}_DDPM.pdf"
-    try:
-        pdf = typst.compile(REPORT / "report.typ", timestamp=TIMESTAMP, **typst_options(lastname))
+    try:  # with the same time in every PDF, so that equal contents are equal bytes
+        pdf = typst.compile(REPORT / "report.typ", timestamp=1_700_000_000, **typst_options(lastname))
     except typst.TypstError as error:
         place = re.search(r"┌─ (\S+)", error.diagnostic)  # file:line:column
         raise UserError(f"{place[1] if place else 'the report'} does not compile: {error.message}") from error

@@ -31,8 +31,8 @@ def results():
     grid = sorted((row for row in read_result("grid")["runs"] if row["name"] in GRID), key=distance)
     rows = []
     for which, row in (("best", grid[0]), ("worst", grid[-1])):
-        experiment = row["name"].replace("_", ", ")
-        rows.append(quality_row(f"the {which} of {len(grid)} experiments: {experiment}", row["quality"]))
+        name = f"the {which} of {len(grid)} experiments: {row['name'].replace('_', ', ')}"
+        rows.append(quality_row(name, row["quality"]))
     for name in ("fashion_mnist", "fashion_mnist_conditional_20_epochs", "landscapes"):
         q = read_result(f"samples_{name}")
         rows.append(quality_row(f"`{q['checkpoint']}`", q))
@@ -64,15 +64,12 @@ def speed():
 
 
 def samplers():
-    """Fréchet distance against sampler and steps."""
-    rows = [row for row in read_result("benchmark")["rows"] if "samplers" in row]
-    counts = list(rows[0]["samplers"]["ddpm"])
-    lines = []
-    for row in rows:
-        for sampler, points in row["samplers"].items():
-            distances = [f"{points[n]['frechet_distance']:.2f}" if n in points else "" for n in counts]
-            lines.append([f"`{row['checkpoint']}`", sampler, *distances])
-    return table([rows[0]["what"], "sampler", *(f"{n} steps" for n in counts)], lines).data
+    """Fréchet distance of the best network's samples against sampler and steps."""
+    result = next(row for row in read_result("benchmark")["rows"] if "samplers" in row)
+    lines, counts = [], list(result["samplers"]["ddpm"])
+    for sampler, points in result["samplers"].items():
+        lines.append([sampler, *(f"{points[n]['frechet_distance']:.2f}" if n in points else "" for n in counts)])
+    return table([f"{result['what']}, by sampler", *(f"{n} steps" for n in counts)], lines).data
 
 
 def reliability():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import ddpm
-from ddpm import SCHEDULES, Diffusion, ImageNoise, beta_schedule, ddim_sampler, ddpm_sampler, dpm_sampler
+from ddpm import SCHEDULES, Diffusion, beta_schedule, ddim_sampler, ddpm_sampler, dpm_sampler, image_noise
 from ddpm_conditional import guided, predictor, with_labels
 from utils import UserError
 
@@ -476,7 +476,7 @@ def test_defaults(sampler, steps, eta):
 
 
 def test_noise_is_standard_normal_and_independent():
-    noise = ImageNoise(0, range(4000), (1, 2, 2))
+    noise = image_noise(0, range(4000), (1, 2, 2))
     first, second = noise().flatten(), noise().flatten()
     for x in (first, second):
         assert stats.kstest(x, "norm").pvalue > 0.01
