@@ -119,8 +119,7 @@ def read_checkpoint(path):
     path = find_checkpoint(path)
     tensors, config = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     try:
-        for section in ("model", "diffusion", "data"):
-            config[section].items()
+        config["model"].items(), config["diffusion"].items(), ", ".join(config["data"].get("classes") or ())
         [f"{beta:g}" for beta in config["train"]["ema_betas"]]
         f"{images_seen(config['train']):d}"
     except (KeyError, ValueError, TypeError, AttributeError) as error:
