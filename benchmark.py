@@ -1,7 +1,7 @@
 """How much faster this project trains and samples than a plain implementation, on this machine.
 
     python benchmark.py                            every comparison of speed
-    python benchmark.py --only guided sample           some of them; what else the file holds stays in it
+    python benchmark.py --only guided sample       some of them; what else the file holds stays in it
     python benchmark.py --only minutes samplers    what training and sampling reach: these take hours
 
 The plain side: float32, images one at a time through PIL, attention that stores its matrices, Adam and EMA tensor by

@@ -186,10 +186,9 @@ def say_what_to_expect(args, data, config):
         say(f"a network that knows other photographs learns yours sooner: --init checkpoints/{shipped}.safetensors")
     diffusion = weights.build_diffusion(config["diffusion"])  # refuses what is out of range
     if (left := diffusion.alphas_cumprod[-1].item()) > 0.01:
-        share = (
-            f"at T = {diffusion.timesteps} the {diffusion.schedule} schedule leaves {left:.1%} of the image's variance"
-        )
-        say(f"{share}, but samples start from pure noise: take --schedule cosine, or more --timesteps")
+        process = f"at T = {diffusion.timesteps} the {diffusion.schedule} schedule"
+        remedy = "samples start from pure noise: take --schedule cosine, or more --timesteps"
+        say(f"{process} leaves {left:.1%} of the image's variance, but {remedy}")
 
 
 def run_train(args):
