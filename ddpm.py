@@ -78,8 +78,8 @@ def beta_schedule(name, timesteps):
 # Each compares the predicted with the true noise, pixel by pixel.
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 
-# Each says how much the error at t counts. "simple" counts all t alike (Ho eq. 14, L_simple); "vlb" has the weights of
-# the variational bound (Ho eq. 12 with sigma_t^2 = beta_t).
+# Homework bonus: how much the error at t counts. "simple" counts all t alike (Ho eq. 14, L_simple); "vlb" has the
+# weights of the variational bound (Ho eq. 12 with sigma_t^2 = beta_t).
 OBJECTIVES = {
     "simple": lambda betas, alphas_cumprod: torch.ones_like(betas),
     "vlb": lambda betas, alphas_cumprod: betas / (2 * (1 - betas) * (1 - alphas_cumprod)),

@@ -74,7 +74,8 @@ def publish(out, results):
     rows = json.loads(path.read_text())["runs"] if path.exists() else []
     rows = {row["name"]: row for row in rows + results}
     runs = [rows[name] for name in EXPERIMENTS if name in rows]
-    command = " ".join(["python ddpm_unconditional.py grid --publish --only", *(run["name"] for run in runs)])
+    chosen, precision = [run["name"] for run in runs], results[0]["config"]["train"]["precision"]
+    command = f"python ddpm_unconditional.py grid --publish --precision {precision} --only {' '.join(chosen)}"
     utils.write_json(path, {"command": command, "runs": runs})
 
 

@@ -34,7 +34,6 @@ SCHEDULE_STYLE = {
     "quadratic": {"color": GREEN, "linestyle": "-."},
     "sigmoid": {"color": PURPLE, "linestyle": ":"},
 }
-OBJECTIVE_STYLE = {"simple": {"color": BLUE, "linestyle": "-"}, "vlb": {"color": ORANGE, "linestyle": "--"}}
 GUIDANCE_STYLE = {
     "raw": {"color": "0.55", "linestyle": "-", "marker": "o"},
     "ema": {"color": "black", "linestyle": "--", "marker": "s"},
@@ -185,16 +184,17 @@ def frontier(sweeps):
 
     Points are guidance scales. Two curves can be compared at equal label agreement: above one another.
     """
-    fig, axes = subplots(len(sweeps), 2, height=1.95 * len(sweeps), squeeze=False)
+    fig, axes = subplots(len(sweeps), 2, height=1.8 * len(sweeps), squeeze=False)
     for (left, right), (name, curves) in zip(axes, sweeps.items(), strict=True):
         for axis, label, measure in ((left, "Fréchet distance", "frechet_distance"), (right, "recall", "recall")):
             for kind, rows in curves.items():
                 quality = {row["cfg_scale"]: row["quality"] for row in rows}
                 points = {scale: (100 * q["labels"]["agreement"], q[measure]) for scale, q in sorted(quality.items())}
                 axis.plot(*zip(*points.values(), strict=True), label=kind, **GUIDANCE_STYLE[kind])
-                shift = (-6, 5 if kind == "raw" else -10)
+                shift, color = (-6, 5 if kind == "raw" else -10), GUIDANCE_STYLE[kind]["color"]
+                text = {"textcoords": "offset points", "ha": "center", "size": 8.5, "color": color}
                 for scale in sorted({1, 2, 3} & points.keys()):
-                    axis.annotate(f"{scale:g}", points[scale], shift, textcoords="offset points", ha="center", size=7.5)
+                    axis.annotate(f"{scale:g}", points[scale], shift, **text)
             axis.margins(0.06, 0.14)
             axis.set(xlabel="label agreement, %", ylabel=label, title=DATASETS[name].title)
         ticks = [0.05, 0.1, 0.2, 0.5, 1, 2]

@@ -116,7 +116,8 @@ def show():
             guidance, start = (label.value, scale.value, interval.value), time.perf_counter()
             options = {"sampler": sampler.value, "steps": steps.value, "seed": seed.value}
             latest["drawing"] = draw(model, diffusion, image_shape(model, config), *guidance, **options)
-            walk.max = walk.value = len(latest["drawing"][1]) - 1
+            walk.max = len(latest["drawing"][1]) - 1
+            walk.value = walk.max // 2
             scrub()
             status.value = f"drawn in {time.perf_counter() - start:.1f} s"
         except Exception as error:  # nobody sees what is raised in a timer

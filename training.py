@@ -36,8 +36,8 @@ from modules import EMA
 from utils import UserError, say
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-# How the timesteps of a batch of n are drawn. "vlb" draws t in proportion to its weight in the variational bound:
-# without weights in the loss, the gradient is the bound's on average, up to a factor.
+# Homework bonus: how the timesteps of a batch of n are drawn. "vlb" draws t in proportion to its weight in the
+# variational bound: without weights in the loss, the gradient is the bound's on average, up to a factor.
 TIMESTEP_SAMPLING = {
     "uniform": lambda diffusion, n, g: torch.randint(diffusion.timesteps, (n,), generator=g),
     "vlb": lambda diffusion, n, g: torch.multinomial(diffusion.vlb_weights.cpu(), n, replacement=True, generator=g),

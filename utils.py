@@ -253,12 +253,12 @@ def save_grid(images: torch.Tensor, path: str | Path, columns: int) -> None:
 
 
 def save_gif(frames: list[np.ndarray], path: str | Path) -> None:
-    """Write frames (uint8, H x W x 3, all of one size), 20 a second, as a GIF that repeats for ever.
+    """Write frames (uint8, H x W x 3, all of one size), ten a second, as a GIF that repeats for ever.
 
     Each has the 256 colours that fit it best. The last one stays for a second longer.
     """
     frames = [reduce_colours(frame) for frame in frames]
-    durations = [50] * (len(frames) - 1) + [1050]  # in ms
+    durations = [100] * (len(frames) - 1) + [1100]  # in ms
     contents = imageio.imwrite("<bytes>", frames, extension=".gif", plugin="pillow", duration=durations, loop=0)
     with atomic_path(path) as temporary:
         temporary.write_bytes(contents)

@@ -245,7 +245,7 @@ def test_a_long_gif_is_short(plain, tmp_path):
     out = tmp_path / "short.gif"
     run(ddpm.main, "sample", "--checkpoint", plain, "--n", 1, "--steps", 20, "--out", out)
     with Image.open(out) as gif:
-        assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) == 50 * (21 + 20)
+        assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) == 100 * 21 + 1000
     frames = (torch.full((1, 1, 2, 2), i % 256, dtype=torch.uint8) for i in range(1001))
     cli.save_denoising_gif(frames, 1001, tmp_path / "long.gif", 1)
     with Image.open(tmp_path / "long.gif") as gif:

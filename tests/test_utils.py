@@ -154,7 +154,7 @@ def test_greys_and_up_to_256_colours_are_exact_in_gifs(palette, tmp_path):
     save_gif(frames, tmp_path / "x.gif")
     read = list(gif_frames(tmp_path / "x.gif"))
     assert np.array_equal(np.stack([frame for frame, _ in read]), frames)
-    assert [info["duration"] for _, info in read] == [50] * 9 + [1050] and read[0][1]["loop"] == 0
+    assert [info["duration"] for _, info in read] == [100] * 9 + [1100] and read[0][1]["loop"] == 0
 
 
 def test_rare_saturated_colours_survive_in_gifs(tmp_path):
