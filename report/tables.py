@@ -23,7 +23,7 @@ def quality_row(model, q):
     curve = read_result(f"sanity_{q['data']}")["curve"] if own else []
     floor = next((f"{point['mean']:.3f}" for point in curve if point["count"] == q["samples"]), "")
     agreement = f"{q['labels']['agreement'] + 1e-9:.1%}" if "labels" in q else ""  # halves go up, as in the report
-    return [f"{DATASETS[q['data']].title}, {model}", f"{q['frechet_distance']:.3f}", floor, agreement]
+    return [model, f"{q['frechet_distance']:.3f}", floor, agreement]
 
 
 def results():
@@ -31,21 +31,20 @@ def results():
     grid = sorted((row for row in read_result("grid")["runs"] if row["name"] in GRID), key=distance)
     rows = []
     for which, row in (("best", grid[0]), ("worst", grid[-1])):
-        name = f"the {which} of {len(grid)} experiments: {row['name'].replace('_', ', ')}"
-        rows.append(quality_row(name, row["quality"]))
-    for name in ("fashion_mnist", "fashion_mnist_conditional_20_epochs", "landscapes"):
-        q = read_result(f"samples_{name}")
-        rows.append(quality_row(f"`{q['checkpoint']}`", q))
-    for name, longer in (("cifar10", ""), ("cifar10_long", "trained longer, "), ("fashion_mnist", "")):
-        measured = guided_rows(name)
-        unguided = [row for row in measured if row["cfg_scale"] == 1]
+        rows.append(quality_row(f"`grid_{row['name']}`, the {which} of {len(grid)} experiments", row["quality"]))
+    names = ("fashion_mnist", "fashion_mnist_conditional_20_epochs", "fashion_mnist_conditional")
+    for name in (*names, "cifar10_conditional", "cifar10_conditional_long", "landscapes"):
+        if q := read_result(f"samples_{name}"):
+            rows.append(quality_row(f"`{name}`", q))
+            continue
+        measured = guided_rows(name.replace("_conditional", ""))
         inside = [row for row in measured if row.get("cfg_interval")]
         plain = [row for row in measured if not row.get("cfg_interval")]
-        kinds = [inside] if longer else [unguided, plain, inside]
-        for row in [min(some, key=distance) for some in kinds if some]:
+        unguided = [row for row in plain if row["cfg_scale"] == 1]
+        for row in [min(some, key=distance) for some in (unguided, plain, inside) if some]:
             interval = f" --cfg-interval {' '.join(map(str, row['cfg_interval']))}" if row.get("cfg_interval") else ""
             guidance = f"`--cfg-scale {row['cfg_scale']:g}{interval}`" if row["cfg_scale"] != 1 else "no guidance"
-            rows.append(quality_row(longer + guidance, row["quality"]))
+            rows.append(quality_row(f"`{name}`, {guidance}", row["quality"]))
     return table(["model", "Fréchet distance", "floor", "label agreement"], rows).data
 
 
@@ -103,7 +102,7 @@ def checkpoints():
             continue
         tensors, config = read_checkpoint(path)
         train, diffusion, data = config["train"], config["diffusion"], config["data"]
-        bound = ", vlb" if diffusion.get("objective") == "vlb" else ""
+        bound = ", vlb" if "vlb" in (diffusion.get("objective"), train.get("timestep_sampling")) else ""
         how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}{bound}"
         seen = images_seen(train)
         epochs = f"{seen / 1e6:.2f} M ({seen / data['images']:.3g} epochs)"
