@@ -28,7 +28,7 @@ class EMA:
     plain copy: averaging over the first, quickly changing weights would only blur them. Buffers are always copied.
     """
 
-    def __init__(self, beta, start):
+    def __init__(self, beta=0.995, start=2000):
         if not 0 <= beta < 1:
             raise ValueError(f"EMA beta must be in [0, 1), not {beta}")
         self.beta, self.start, self.step = beta, start, 0

@@ -31,7 +31,7 @@ def results():
     grid = sorted((row for row in read_result("grid")["runs"] if row["name"] in GRID), key=distance)
     rows = []
     for which, row in (("best", grid[0]), ("worst", grid[-1])):
-        rows.append(quality_row(f"`grid_{row['name']}`, the {which} of {len(grid)} experiments", row["quality"]))
+        rows.append(quality_row(f"`grid_{row['name']}`, {which} of seed 0's {len(grid)} experiments", row["quality"]))
     names = ("fashion_mnist", "fashion_mnist_conditional_20_epochs", "fashion_mnist_conditional")
     for name in (*names, "cifar10_conditional", "cifar10_conditional_long", "landscapes"):
         if q := read_result(f"samples_{name}"):
@@ -102,7 +102,8 @@ def checkpoints():
             continue
         tensors, config = read_checkpoint(path)
         train, diffusion, data = config["train"], config["diffusion"], config["data"]
-        bound = ", vlb" if "vlb" in (diffusion.get("objective"), train.get("timestep_sampling")) else ""
+        bound = ", vlb" if diffusion.get("objective") == "vlb" else ""
+        bound += ", t drawn by vlb" if train.get("timestep_sampling") == "vlb" else ""
         how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}{bound}"
         seen = images_seen(train)
         epochs = f"{seen / 1e6:.2f} M ({seen / data['images']:.3g} epochs)"

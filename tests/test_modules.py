@@ -58,8 +58,8 @@ def test_course_outputs():
         (lambda: PatchUNet(mults=(1, 0)), "at least 1"),
         (lambda: PatchUNet(mults=(1, 2), depth=[1]), "a depth for each level"),
         (lambda: PatchUNet(block="dense"), "unknown block"),
-        (lambda: EMA(-0.1, 0), "beta must be in"),
-        (lambda: EMA(1, 0), "beta must be in"),
+        (lambda: EMA(-0.1), "beta must be in"),
+        (lambda: EMA(1), "beta must be in"),
     ],
 )
 def test_bad_arguments(make, words):
