@@ -156,9 +156,7 @@ def main(argv=None):
     names = list(EXPERIMENTS)
     grid.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"some of: {', '.join(names)}")
     grid.add_argument("--n", type=utils.positive, default=2000, help="samples to measure")
-    grid.add_argument(
-        "--publish", action="store_true", help="also write checkpoints/grid_* and report/results/grid.json"
-    )
+    grid.add_argument("--publish", action="store_true", help="also fill checkpoints/ and report/results/grid.json")
     # 3 epochs of 60,000 images; the average begins after the first
     grid.set_defaults(run=run_grid, epochs=3, cooldown=0.25, ema_start=469, sample_every=0, schedule=None, loss=None)
     flags = {flag for experiment in EXPERIMENTS.values() for flag in experiment}

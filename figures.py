@@ -97,9 +97,9 @@ def read_result(name):
 
 
 def guided_rows(name):
-    """What is measured of a conditional model's averaged weights: guided at all noise levels, and in an interval."""
-    results = [read_result(f"{kind}_{name}") for kind in ("sweep", "plain", "intervals")]
-    return [row for result in results if result for row in result["rows"] if row["weights"] == "ema"]
+    """What is measured of a conditional model's averaged weights: for each guidance and number of steps."""
+    results = [read_result(f"{kind}_{name}") for kind in ("sweep", "plain", "intervals", "best")]
+    return [row | r["sampler"] for r in results if r for row in r["rows"] if row["weights"] == "ema"]
 
 
 def shipped(*names):

@@ -27,6 +27,7 @@ PUBLISHED = {
     "fashion_mnist": (DATASETS["fashion_mnist"].title, "fashion_mnist_conditional", ("raw", "ema")),
     "cifar10": (DATASETS["cifar10"].title, "cifar10_conditional", ("raw", "ema")),
     "cifar10_long": (f"{DATASETS['cifar10'].title}, trained longer", "cifar10_conditional_long", ("ema",)),
+    "cifar10_course": (f"{DATASETS['cifar10'].title}, the course's network", "cifar10_course", ("raw", "ema")),
 }
 
 
@@ -39,7 +40,7 @@ def choices():
     raw, ema = (figures.CHECKPOINTS / f"{name}.pt" for name in ("conditional_ckpt", "conditional_ema_ckpt"))
     if raw.is_file() and ema.is_file():
         classes = found["cifar10"][2] if "cifar10" in found else list(map(str, range(10)))
-        found["course"] = "the course's", {"raw": raw, "ema": ema}, classes
+        found["course"] = "the course's checkpoints", {"raw": raw, "ema": ema}, classes
     return found
 
 

@@ -32,8 +32,8 @@ def results():
     rows = []
     for which, row in (("best", grid[0]), ("worst", grid[-1])):
         rows.append(quality_row(f"`grid_{row['name']}`, {which} of seed 0's {len(grid)} experiments", row["quality"]))
-    names = ("fashion_mnist", "fashion_mnist_conditional_20_epochs", "fashion_mnist_conditional")
-    for name in (*names, "cifar10_conditional", "cifar10_conditional_long", "landscapes"):
+    conditional = ("fashion_mnist_conditional", "cifar10_conditional", "cifar10_conditional_long", "cifar10_course")
+    for name in ("fashion_mnist", *conditional, "landscapes"):
         if q := read_result(f"samples_{name}"):
             rows.append(quality_row(f"`{name}`", q))
             continue
@@ -42,9 +42,10 @@ def results():
         plain = [row for row in measured if not row.get("cfg_interval")]
         unguided = [row for row in plain if row["cfg_scale"] == 1]
         for row in [min(some, key=distance) for some in (unguided, plain, inside) if some]:
-            interval = f" --cfg-interval {' '.join(map(str, row['cfg_interval']))}" if row.get("cfg_interval") else ""
-            guidance = f"`--cfg-scale {row['cfg_scale']:g}{interval}`" if row["cfg_scale"] != 1 else "no guidance"
-            rows.append(quality_row(f"`{name}`, {guidance}", row["quality"]))
+            where = f" --cfg-interval {' '.join(map(str, row['cfg_interval']))}" if row.get("cfg_interval") else ""
+            steps = f" --steps {row['steps']}" if row["steps"] != 20 else ""
+            flags = f"`--cfg-scale {row['cfg_scale']:g}{where}{steps}`"
+            rows.append(quality_row(f"`{name}`, {flags if row['cfg_scale'] != 1 else 'no guidance'}", row["quality"]))
     return table(["model", "Fréchet distance", "floor", "label agreement"], rows).data
 
 
