@@ -6,6 +6,7 @@ measured number in those files is typed by hand, and a test can tell when one is
 
 import re
 
+from ddpm import SAMPLERS
 from ddpm_unconditional import GRID
 from figures import CHECKPOINTS, guided_rows, read_result, table
 from image_data import DATASETS
@@ -43,7 +44,7 @@ def results():
         unguided = [row for row in plain if row["cfg_scale"] == 1]
         for row in [min(some, key=distance) for some in (unguided, plain, inside) if some]:
             where = f" --cfg-interval {' '.join(map(str, row['cfg_interval']))}" if row.get("cfg_interval") else ""
-            steps = f" --steps {row['steps']}" if row["steps"] != 20 else ""
+            steps = f" --steps {row['steps']}" if row["steps"] != SAMPLERS["dpm"].steps else ""
             flags = f"`--cfg-scale {row['cfg_scale']:g}{where}{steps}`"
             rows.append(quality_row(f"`{name}`, {flags if row['cfg_scale'] != 1 else 'no guidance'}", row["quality"]))
     return table(["model", "Fréchet distance", "floor", "label agreement"], rows).data
@@ -103,17 +104,16 @@ def checkpoints():
             continue
         tensors, config = read_checkpoint(path)
         train, diffusion, data = config["train"], config["diffusion"], config["data"]
-        bound = ", vlb" if diffusion.get("objective") == "vlb" else ""
-        bound += ", t drawn by vlb" if train.get("timestep_sampling") == "vlb" else ""
-        how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}{bound}"
+        how = f"{diffusion['schedule']}, {train['loss']}, T = {diffusion['timesteps']}"
+        how += ", vlb" if diffusion.get("objective") == "vlb" else ""
+        how += ", t drawn by vlb" if train.get("timestep_sampling") == "vlb" else ""
         seen = images_seen(train)
         epochs = f"{seen / 1e6:.2f} M ({seen / data['images']:.3g} epochs)"
         kinds = ", ".join(sorted({name.split("/")[0] for name in tensors if "/" in name}))
-        size = f"{path.stat().st_size / 1e6:.1f} MB"
+        what = [f"`{path.stem}`", DATASETS[data["name"]].title, how, epochs, train["seed"], kinds]
         q = measured(path.stem)
         reached = f"{q['frechet_distance']:.3f} ({q['samples']:,} samples)" if q else ""
-        title = DATASETS[data["name"]].title
-        rows.append([f"`{path.stem}`", title, how, epochs, train["seed"], kinds, size, reached])
+        rows.append([*what, f"{path.stat().st_size / 1e6:.1f} MB", reached])
     return table(["file", "data", "diffusion", "images seen", "seed", "weights", "size", "Fréchet"], rows).data
 
 
