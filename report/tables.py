@@ -44,9 +44,9 @@ def results():
         unguided = [row for row in plain if row["cfg_scale"] == 1]
         for row in [min(some, key=distance) for some in (unguided, plain, inside) if some]:
             where = f" --cfg-interval {' '.join(map(str, row['cfg_interval']))}" if row.get("cfg_interval") else ""
-            steps = f" --steps {row['steps']}" if row["steps"] != SAMPLERS["dpm"].steps else ""
-            flags = f"`--cfg-scale {row['cfg_scale']:g}{where}{steps}`"
-            rows.append(quality_row(f"`{name}`, {flags if row['cfg_scale'] != 1 else 'no guidance'}", row["quality"]))
+            guidance = f"`--cfg-scale {row['cfg_scale']:g}{where}`" if row["cfg_scale"] != 1 else "no guidance"
+            steps = f", {row['steps']} steps" if row["steps"] != SAMPLERS["dpm"].steps else ""
+            rows.append(quality_row(f"`{name}`, {guidance}{steps}", row["quality"]))
     return table(["model", "Fréchet distance", "floor", "label agreement"], rows).data
 
 
