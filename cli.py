@@ -12,7 +12,7 @@ import utils
 import weights
 from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, noise_level
 from ddpm_conditional import predictor
-from image_data import DATASETS, decode_image, describe, describe_folder, load_data
+from image_data import DATASETS, decode_image, describe, describe_folder, load_data, with_channels
 from modules import BLOCKS
 from utils import UserError, natural, number, positive, say
 
@@ -57,7 +57,7 @@ def add_train_flags(parser, conditional, shape):
     add("--schedule", choices=list(SCHEDULES), help="the beta schedule (default: linear, or that of --init)")
     add("--timesteps", type=positive, metavar="T", help="steps of the process (default: 1000, or those of --init)")
     add("--loss", choices=list(LOSSES), default="l2", help="between true and predicted noise")
-    add("--objective", choices=list(OBJECTIVES), help="default: simple; vlb: the bound's true weights (l2 only)")
+    add("--objective", choices=list(OBJECTIVES), help="default: simple or --init's; vlb: the bound's weights (l2 only)")
     sampling = "how t is drawn; vlb: in proportion to the bound's weights"
     add("--timestep-sampling", choices=list(training.TIMESTEP_SAMPLING), default="uniform", help=sampling)
     length = parser.add_mutually_exclusive_group()
@@ -278,8 +278,8 @@ def choose_guidance(args, model, config):
     scale, interval = getattr(args, "cfg_scale", 0.0), getattr(args, "cfg_interval", None)
     if labels is None and scale not in (0, 1):
         raise UserError("--cfg-scale needs labels: leave --labels none out, or take a checkpoint that has classes")
-    if interval and (scale in (0, 1) or interval[0] > interval[1]):
-        raise UserError("--cfg-interval LOW HIGH goes with a --cfg-scale above 1, and LOW is at most HIGH")
+    if interval and (scale in (0, 1) or interval[0] > min(interval[1], config["diffusion"]["timesteps"] - 1)):
+        raise UserError("--cfg-interval LOW HIGH goes with a --cfg-scale above 1; LOW is at most HIGH and below T")
     if scale not in (0, 1) and config["train"].get("p_uncond") == 0:
         say("guidance compares with the prediction without a label, which this network never learnt (--p-uncond 0)")
     return labels, {"cfg_scale": scale, "cfg_interval": interval}
@@ -290,8 +290,8 @@ def begin_at(path, strength, diffusion, n, shape, seed):
     image = decode_image(path, shape[-1])
     if isinstance(image, str):
         raise UserError(f"--start-from {path} is no readable image: {image}")
-    x0 = utils.to_model(torch.from_numpy(image.copy()).permute(2, 0, 1)).to(diffusion.betas.device)
-    x0 = (x0 if shape[0] == 3 else x0.mean(0, keepdim=True)).expand(n, *shape)
+    images = with_channels(torch.from_numpy(image.copy()).permute(2, 0, 1)[None], shape[0])
+    x0 = utils.to_model(images).to(diffusion.betas.device).expand(n, *shape)
     noise = torch.stack([torch.randn(shape, generator=utils.generator(seed, i, 1)) for i in range(n)]).to(x0.device)
     first = diffusion.shortened(max(1, round(strength * diffusion.timesteps)))
     return first, first.q_sample(x0, torch.full((n,), first.timesteps - 1, device=x0.device), noise)

@@ -26,7 +26,7 @@ from pathlib import Path, PureWindowsPath
 import requests
 
 import utils
-from image_data import DATASETS, DataSet, files_below, is_image, load_data
+from image_data import DATASETS, DataSet, files_below, is_image, load_data, visible
 from utils import ArgumentParser, UserError, command_line, progress, say
 from weights import load_checkpoint
 
@@ -58,7 +58,7 @@ def get_data(name: str, given: Path | None) -> None:
     row = DATASETS[name]
     target, *others = [(utils.ROOT / folder).resolve() for folder in row.folders]  # perhaps links to a larger disk
     for place in [target, *others] if given is None else [target]:
-        if place.is_dir() and any(place.iterdir()):
+        if place.is_dir() and visible(os.listdir(place)):
             print(f"{place} is all there: {count_images(place, row)}")
             return
     sources = {key: partial(fetch, row) for key, fetch in SOURCES.items() if getattr(row, key)}
@@ -68,7 +68,7 @@ def get_data(name: str, given: Path | None) -> None:
         arrange(source, images, name)
         counts = count_images(images, row)
         if target.is_dir():
-            target.rmdir()  # it is empty, and Windows renames nothing onto a folder
+            shutil.rmtree(target)  # no data is in it, and Windows renames nothing onto a folder
         os.replace(images, target)
     print(f"wrote {target}: {counts}")
 

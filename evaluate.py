@@ -70,7 +70,7 @@ def kid(a: torch.Tensor, b: torch.Tensor, seed: int = 0, blocks: int = 10) -> di
     standard error. It can be negative, since it is 0 on average for equal distributions.
     """
     if min(len(a), len(b)) < 2 * blocks:
-        raise UserError(f"the kernel distance needs at least {2 * blocks} samples, not {min(len(a), len(b))}")
+        raise UserError(f"the KID needs {2 * blocks} samples and held-out images, not {len(a)} and {len(b)}")
     g = generator(seed)
     parts = [x.double()[torch.randperm(len(x), generator=g)].tensor_split(blocks) for x in (a, b)]
     estimates = torch.tensor([squared_mmd(x, y) for x, y in zip(*parts, strict=True)], dtype=torch.float64)
@@ -468,8 +468,7 @@ def count_curve(x: torch.Tensor, reference: dict, seed: int, repeats: int = 10) 
     """Training images' features x against the test split, by their number: the floor of the Frechet distance, mean and
     spread over subsets; precision and recall of the first subset."""
     test, curve = reference["test_features"].float(), []
-    counts = (200, 500, 1000, 2000, 5000, 10_000, 20_000)
-    for count in (c for c in counts if x.shape[1] < c <= len(x)):
+    for count in (c for c in (200, 500, 1000, 2000, 5000, 10_000, 20_000) if x.shape[1] < c <= len(x)):
         subsets = [x[torch.randperm(len(x), generator=generator(seed, count, i))[:count]] for i in range(repeats)]
         distances = [frechet(*statistics(some), reference["test_mean"], reference["test_cov"]) for some in subsets]
         pairs = min(count, len(test))
@@ -496,11 +495,11 @@ def run_samples(args) -> dict:
 
 def run_model(measure, args) -> dict:
     """noise-error and likelihood: the checkpoint, its images, the measurement."""
+    about = describe_checkpoint(args.checkpoint)  # first: the run may be training still
     model, diffusion, config = load_checkpoint(args.checkpoint, args.weights, utils.pick_device(args.device))
     images, labels, data_name = model_images(args.data, config, args.n)
-    result = measure(model, diffusion, images, labels, seed=args.seed, batch_size=args.batch_size)
-    about = {"weights": config["weights"], "data": data_name, "split": "test"}
-    return describe_checkpoint(args.checkpoint) | about | result
+    about |= {"weights": config["weights"], "data": data_name, "split": "test"}
+    return about | measure(model, diffusion, images, labels, seed=args.seed, batch_size=args.batch_size)
 
 
 COMMANDS = {

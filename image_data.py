@@ -376,7 +376,8 @@ def _list_splits(root: Path, labels: bool) -> tuple[dict[str, dict[str, str]], l
         classes = []
     if not test:
         by_hash = sorted(train, key=lambda name: zlib.crc32(os.fsencode(name[len(inside) :])))
-        tenth = set(by_hash[: len(train) // 10])
+        # but one image of each class stays: a class that is never trained on could not be drawn
+        tenth = set(by_hash[: len(train) // 10]).difference({train[name]: name for name in by_hash}.values())
         test = {name: train.pop(name) for name in [*train] if name in tenth}
     left_out = dict.fromkeys(set(names).difference(images), "not an image")
     left_out |= dict.fromkeys(set(images).difference(train, test), "outside of the splits and class folders")

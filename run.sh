@@ -63,6 +63,7 @@ elif [ $# -gt 0 ]; then
     fail "unknown argument $1: see the first lines of run.sh"
 fi
 
+case ${LASTNAME:-} in */* | *\\* | [-._]*) fail "LASTNAME=$LASTNAME cannot be part of a file name: use letters" ;; esac
 setup
 stage "Notebooks: executed copies go to build/, their figures to report/figures"
 "$bin/python" report/build.py notebooks

@@ -137,7 +137,8 @@ def check_writable(path: str | Path) -> None:
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        told = super()._get_help_string(action).split(" (default: ")  # the help's own default, then the script's
+        return action.help if action.default is None else " (default: ".join([told[0], *told[1:][-1:]])
 
 
 class ArgumentParser(argparse.ArgumentParser):

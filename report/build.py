@@ -56,8 +56,7 @@ def run_notebooks(args):
     os.environ["DDPM_PUBLISHING"] = "1"  # see figures.py
     if not args.names:  # all figures are drawn again; what no notebook draws any more must not stay
         shutil.rmtree(FIGURES, ignore_errors=True)
-    paths = [ROOT / f"notebooks/{name}.ipynb" for name in args.names] or sorted(ROOT.glob("notebooks/*.ipynb"))
-    for path in paths:
+    for path in [ROOT / f"notebooks/{name}.ipynb" for name in args.names] or sorted(ROOT.glob("notebooks/*.ipynb")):
         out = path if args.inplace else ROOT / "build" / path.name
         execute_notebook(path, out)
         print(f"wrote {out.relative_to(ROOT)}")
@@ -104,7 +103,7 @@ def typst_options(lastname):
 
 def build_pdf(lastname, out=None, allow_missing=True):
     """Typeset the report; returns the PDF's path. Raises UserError."""
-    if not re.fullmatch(r"[^\W_][\w' -]*", lastname):
+    if not re.fullmatch(r"[^\W_][\w\u0300-\u036f.'’ -]*", lastname):
         raise UserError(f"LASTNAME={lastname!r} cannot be part of a file name: use letters")
     shown = set(re.findall(r'picture\("(\w+)"', "".join(path.read_text() for path in REPORT.glob("*.typ"))))
     missing = sorted(shown - {path.stem for path in FIGURES.glob("*.json")})

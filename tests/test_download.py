@@ -120,6 +120,7 @@ def test_an_archive_ends_in_place_checked_and_counted(root, source, tmp_path, ki
     elif kind != "folder":
         source = pack(source, "w" if kind == "old Python" else kind)
     (tmp_path / "large disk").mkdir()
+    (tmp_path / "large disk/.DS_Store").touch()  # as after a look at it
     (root / "cifar10").symlink_to(tmp_path / "large disk")
     main(["cifar10", "--from", str(source)])
     out = capsys.readouterr().out

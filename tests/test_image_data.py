@@ -132,6 +132,8 @@ def test_a_tenth_is_held_out_where_there_is_no_test_folder(tmp_path):
     assert (train.image_size, train.flip, train.crop, test.flip) == (8, True, False, False)
     train, test = ({image.numpy().tobytes() for image in data.images} for data in (train, test))
     assert len(train) == 36 and len(test) == 4 and not train & test
+    single = class_folder(tmp_path / "single", {"a": 20, **dict.fromkeys("bcdefghijk", 1), "l": 20})
+    assert set(load_data(single, labels=True).labels.tolist()) == set(range(12))  # no class is held out whole
     few = class_folder(tmp_path / "few", {"a": 5})
     assert len(load_data(few)) == 5
     with pytest.raises(UserError, match="no image for the test split"):

@@ -68,7 +68,7 @@ def test_missing_figures_are_named(folders, refused):
     assert "wrong_prior" in message and "betas" not in message and "--allow-missing" in message
 
 
-@pytest.mark.parametrize("name", ["de la Cruz", "O'Neil", "Müller-Lüdenscheidt"])
+@pytest.mark.parametrize("name", ["de la Cruz", "O’Neil Jr.", "Müller-Lu\u0308denscheidt"])
 def test_builds_before_anything_is_trained(name, folders, tmp_path):
     assert build.available() == {"figures": {}, "results": []}
     assert build.build_pdf(name, tmp_path / "empty.pdf").read_bytes().startswith(b"%PDF")

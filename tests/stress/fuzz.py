@@ -252,10 +252,6 @@ sample_flags = flags(
         "--variance": ("posterior beta", texts),
         "--cfg-scale": numbers,
         "--cfg-interval": several("0 0.2 0.5 1 2 19 20 -1 nan inf x"),
-        "--guide": (
-            f"{CHECKPOINTS} plain:raw classes:ema STATE:raw course.pt:ema plain/model.safetensors:x :raw :",
-            texts,
-        ),
         "--start-from": ("flat/0.png photos/dogs/0.png photos flat idx samples.npz empty nowhere.png .", texts),
         "--strength": numbers,
         "--seed": numbers,
