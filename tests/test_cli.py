@@ -126,6 +126,7 @@ def test_the_published_commands_train_the_published_networks(monkeypatch):
     """A script's defaults may change; the commands of checkpoints/README.md must still make what is published."""
     monkeypatch.chdir(ROOT)
     text = Path("checkpoints/README.md").read_text().replace("$epochs", "30")  # the last of a loop
+    text = text.replace("--init runs/landscapes64.", "--init checkpoints/landscapes.")  # that one is not shipped
     published = dict(re.findall(r"publish --run (\S+) .*--out checkpoints/(\S+)", text))
     monkeypatch.setattr(cli, "run_train", lambda args: trained.append(args))
     for script, flags in re.findall(r"^ *python (ddpm\S*) (train .*)", text, re.MULTILINE):
