@@ -217,6 +217,8 @@ def test_guidance_and_weights_matter(classes, sampled):
     plain, guided = drawn(), drawn("--cfg-scale", 5000)
     assert drawn("--cfg-scale", 1) == drawn("--ema") == plain
     assert len({plain, guided, drawn("--no-ema"), drawn("--cfg-scale", 5000, "--cfg-interval", 5, 9)}) == 4
+    # two steps visit t = 19 and 9 only, so nothing is guided
+    assert drawn("--steps", 2, "--cfg-scale", 5000, "--cfg-interval", 10, 18) == drawn("--steps", 2)
 
 
 def test_sample_is_what_python_makes(classes, sampled):
