@@ -230,7 +230,9 @@ class PatchUNet(nn.Module):
             if level < len(self.grow):
                 x = self.grow[level](x)
             x = apply_layers(self.up[level], torch.cat([x, skips.pop()], dim=1), emb)
-        return F.pixel_shuffle(self.head(x), self.patch)
+        # In 16 bits the last layer's rounding would add a constant to each colour, and a tint to the samples.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.pixel_shuffle(self.head(x.float()), self.patch)
 
 
 def apply_layers(layers, x, emb):

@@ -17,11 +17,14 @@ import ctypes
 import functools
 import gc
 import importlib
+import itertools
 import json
 import os
 import signal
 import time
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -141,12 +144,15 @@ def steps(run):
     if run.world > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
     keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    batches = (map if run.device.type == "cpu" else ahead)(
+        lambda step: draw_batch(run.data, run.config, step, run.diffusion), itertools.count(run.step)
+    )
     while settings["steps"] is None or run.step < settings["steps"]:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(settings, run.step)
         losses = []
-        for x0, t, noise, labels in parts_of_batch(run):
+        for x0, t, noise, labels in parts_of_batch(run, next(batches)):
             # the processes exchange gradients once a step, after its last part
             network.require_backward_grad_sync = len(losses) == run.accumulate - 1
             # Homework TODO 89-94: the training step; drop_labels has already dropped some of the labels
@@ -169,9 +175,18 @@ def learning_rate(settings, step):
     return settings["lr"] * min(1, (total - step) / (cooldown * total)) if total and cooldown else settings["lr"]
 
 
-def parts_of_batch(run):
+def ahead(function, arguments, threads=4):
+    """As map, but threads are a few calls ahead: they draw the next batches while a GPU is busy with this one."""
+    with ThreadPoolExecutor(threads) as pool:
+        coming = deque(pool.submit(function, argument) for argument in itertools.islice(arguments, threads))
+        while coming:
+            yield coming.popleft().result()
+            coming.extend(pool.submit(function, argument) for argument in itertools.islice(arguments, 1))
+
+
+def parts_of_batch(run, batch):
     """This process's share of the step's batch on its device, in run.accumulate parts: x0, t, noise, labels."""
-    batch, parts = draw_batch(run.data, run.config, run.step, run.diffusion), run.world * run.accumulate
+    parts = run.world * run.accumulate
     for part in range(run.rank * run.accumulate, (run.rank + 1) * run.accumulate):
         x0, t, noise, labels = (None if b is None else b.chunk(parts)[part].to(run.device) for b in batch)
         x0, noise = (b.contiguous(memory_format=torch.channels_last) for b in (x0, noise))
