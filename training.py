@@ -23,7 +23,6 @@ import os
 import signal
 import time
 import warnings
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -178,10 +177,10 @@ def learning_rate(settings, step):
 def ahead(function, arguments, threads=4):
     """As map, but threads are a few calls ahead: they draw the next batches while a GPU is busy with this one."""
     with ThreadPoolExecutor(threads) as pool:
-        coming = deque(pool.submit(function, argument) for argument in itertools.islice(arguments, threads))
-        while coming:
-            yield coming.popleft().result()
-            coming.extend(pool.submit(function, argument) for argument in itertools.islice(arguments, 1))
+        coming = [pool.submit(function, argument) for argument in itertools.islice(arguments, threads)]
+        for argument in arguments:
+            coming.append(pool.submit(function, argument))
+            yield coming.pop(0).result()
 
 
 def parts_of_batch(run, batch):

@@ -107,6 +107,18 @@ NETWORKS = {
 }
 
 
+@pytest.mark.parametrize("bias", [1.0001, 0.3337])
+def test_16_bits_add_no_constant_to_a_colour(bias):
+    """Of the last layer: a sampler would make a tint of it."""
+    model = randomise(PatchUNet(channels=3, width=8, patch=1)).eval()
+    torch.nn.init.constant_(model.head[-1].weight, 0)
+    torch.nn.init.constant_(model.head[-1].bias, bias)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        eps = model(*inputs(channels=3))
+    torch.testing.assert_close(eps, torch.full_like(eps, bias), rtol=0, atol=1e-6)
+    assert eps.dtype == torch.float32
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_weight_is_trained_but_no_embedding_of_a_dropped_label(network):
     model = randomise(NETWORKS[network]())

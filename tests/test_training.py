@@ -3,6 +3,7 @@
 import copy
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -153,6 +154,14 @@ def test_every_epoch_shows_every_image_once():
         assert (epochs.sort(1)[0] == torch.arange(40)).all()
         assert not torch.equal(epochs[0], epochs[1])
     assert not torch.equal(training.draw_indices(3, 0, 40, 40), training.draw_indices(4, 0, 40, 40))
+
+
+def test_batches_drawn_ahead_come_in_order():
+    """Beside a GPU, where each step's draws are made in threads."""
+    calls = []
+    results = training.ahead(lambda step: calls.append(step) or step, itertools.count(7))
+    assert list(itertools.islice(results, 10)) == list(range(7, 17))
+    assert set(calls) <= set(range(7, 7 + 10 + 4 + 1))  # never far ahead
 
 
 def test_draws_of_a_step(tiny_data):
