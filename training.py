@@ -144,9 +144,7 @@ def steps(run):
         network = torch.nn.parallel.DistributedDataParallel(network)
     keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    batches = (map if run.device.type == "cpu" else ahead)(
-        lambda step: draw_batch(run.data, run.config, step, run.diffusion), itertools.count(run.step)
-    )
+    batches = draw_batches(run)
     while settings["steps"] is None or run.step < settings["steps"]:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(settings, run.step)
@@ -174,12 +172,19 @@ def learning_rate(settings, step):
     return settings["lr"] * min(1, (total - step) / (cooldown * total)) if total and cooldown else settings["lr"]
 
 
-def ahead(function, arguments, threads=4):
-    """As map, but threads are a few calls ahead: they draw the next batches while a GPU is busy with this one."""
+def draw_batches(run, threads=4):
+    """`draw_batch` for each step from run.step on: beside a GPU in threads, a few steps ahead of it."""
+
+    def draw(step):
+        return draw_batch(run.data, run.config, step, run.diffusion)
+
+    numbers = itertools.count(run.step)
+    if run.device.type == "cpu":  # the threads would take its cores from the training
+        yield from map(draw, numbers)
     with ThreadPoolExecutor(threads) as pool:
-        coming = [pool.submit(function, argument) for argument in itertools.islice(arguments, threads)]
-        for argument in arguments:
-            coming.append(pool.submit(function, argument))
+        coming = [pool.submit(draw, step) for step in itertools.islice(numbers, threads)]
+        for step in numbers:
+            coming.append(pool.submit(draw, step))
             yield coming.pop(0).result()
 
 
