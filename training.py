@@ -218,7 +218,7 @@ def draw_indices(seed, step, batch_size, count):
     return torch.tensor([epoch_order(seed, p // count, count)[p % count] for p in positions])
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # threads may be in the last batches of one epoch and the first of the next
 def epoch_order(seed, epoch, count):
     return torch.randperm(count, generator=utils.generator(seed, 0, epoch)).tolist()
 
