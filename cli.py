@@ -17,9 +17,9 @@ from modules import BLOCKS
 from utils import UserError, natural, number, positive, say
 
 SHAPE_FLAGS = ["width", "mults", "depth", "patch", "block", "attention"]  # PatchUNet's
-EPOCHS, BATCH_SIZE = 5, 128
-# Of one's own images there may be few. So many steps of so many images take two cores six minutes at 64 x 64, where
-# most of this network's work is at low resolution. It needs sides that 16 divides, and is for 48 x 48 and more.
+EPOCHS, BATCH_SIZE = 5, training.DEFAULTS["batch_size"]
+# One's own images may be few, so the default length is a number of steps: six minutes of two cores at 64 x 64.
+# OWN_SHAPE is for sides of 48 or more that 16 divides.
 OWN_STEPS, OWN_BATCH_SIZE = 2000, 32
 OWN_SHAPE = {"patch": 2, "width": 24, "mults": [1, 2, 4, 8], "attention": False}
 
@@ -50,26 +50,29 @@ def add_train_flags(parser, conditional, shape):
     add = parser.add_argument
     own = ", ".join(f"{name} {value}" for name, value in shape.items()) or "of its own shape"
     parser.set_defaults(conditional=conditional, shape=shape)
+    flags = ["loss", "timestep_sampling", "lr", "cooldown", "optimizer", "seed"]
+    flags += ["p_uncond", "label_dropout"] if conditional else []
+    parser.set_defaults(**{flag: training.DEFAULTS[flag] for flag in flags})
     add("--data", default="fashion_mnist", help=f"{', '.join(DATASETS)}, or a folder of images")
     add("--image-size", type=number(int, 1, 4096), help="side of the training images (default: the data's own)")
     add("--channels", type=int, choices=[1, 3], help="grey or RGB (default: the data's own)")
     add("--flip", action=argparse.BooleanOptionalAction, help="random horizontal flips (default: as suits the data)")
     add("--schedule", choices=list(SCHEDULES), help="the beta schedule (default: linear, or that of --init)")
     add("--timesteps", type=positive, metavar="T", help="steps of the process (default: 1000, or those of --init)")
-    add("--loss", choices=list(LOSSES), default="l2", help="between true and predicted noise")
+    add("--loss", choices=list(LOSSES), help="between true and predicted noise")
     add("--objective", choices=list(OBJECTIVES), help="default: simple or --init's; vlb: the bound's weights (l2 only)")
     sampling = "how t is drawn; vlb: in proportion to the bound's weights"
-    add("--timestep-sampling", choices=list(training.TIMESTEP_SAMPLING), default="uniform", help=sampling)
+    add("--timestep-sampling", choices=list(training.TIMESTEP_SAMPLING), help=sampling)
     length = parser.add_mutually_exclusive_group()
     passes = f"passes over the data (default: {EPOCHS}, of your own images enough for {OWN_STEPS} steps)"
     length.add_argument("--epochs", type=number(float, 0, 1e5, above=True), help=passes)
     length.add_argument("--minutes", type=number(float, 0, 1e6, above=True), help="train this long instead of --epochs")
     batch = f"images per step, over all processes (default: {BATCH_SIZE}, of your own {OWN_BATCH_SIZE})"
     add("--batch-size", type=number(int, 1, 10**6), help=batch)
-    add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate")
-    add("--cooldown", type=number(float, 0, 1), default=0.0, metavar="F", help="lower it to 0 over this last share")
-    add("--optimizer", choices=list(training.OPTIMIZERS), default="adam", help="optimizer")
-    add("--seed", type=natural, default=0, help="of the weights and of every random draw")
+    add("--lr", type=number(float, 0, above=True), help="learning rate")
+    add("--cooldown", type=number(float, 0, 1), metavar="F", help="lower it to 0 over this last share")
+    add("--optimizer", choices=list(training.OPTIMIZERS), help="optimizer")
+    add("--seed", type=natural, help="of the weights and of every random draw")
     add("--model", choices=["patch", "course"], default="patch", help=f"this project's ({own}), or the course's")
     add("--width", type=number(int, 1, 4096), help="feature maps at the first level")
     add("--mults", type=number(int, 1, 64), nargs="+", help="width of each level, in multiples of --width (patch)")
@@ -81,8 +84,8 @@ def add_train_flags(parser, conditional, shape):
     add("--ema-beta", dest="ema_betas", type=beta, nargs="+", default=[0.995], help="one or more averages to keep")
     add("--ema-start", type=natural, help="the average is a plain copy until this step (default: 500; --init: 0)")
     if conditional:
-        add("--p-uncond", type=number(float, 0, 1), default=0.1, help="how often the label is dropped")
-        add("--label-dropout", choices=["example", "batch"], default="example", help="one coin per image, or per batch")
+        add("--p-uncond", type=number(float, 0, 1), help="how often the label is dropped")
+        add("--label-dropout", choices=["example", "batch"], help="one coin per image, or per batch")
     add("--precision", choices=list(utils.PRECISIONS), help="default: the fastest the device really has")
     add("--compile", dest="compiled", action="store_true", help="torch.compile the network")
     add("--accumulate", type=positive, default=1, help="passes per optimizer step: same batch, less memory")
@@ -110,7 +113,7 @@ def add_sample_flags(parser, conditional):
         add("--cfg-scale", type=number(float, 0), default=0.0, help="guidance: 0 (or 1) none")
         add("--cfg-interval", type=natural, nargs=2, metavar=("LOW", "HIGH"), help="guide where LOW <= t <= HIGH only")
     add("--start-from", type=Path, metavar="IMAGE", help="begin with this image, noised, instead of with noise alone")
-    add("--strength", type=number(float, 0, 1, above=True), default=0.6, help="how far it is noised; 1: to t = T-1")
+    add("--strength", type=number(float, 0, 1, above=True), help="how far it is noised; 1: to t = T-1 (default: 0.6)")
     add("--batch-size", type=positive, default=250, help="images denoised at once (a .gif: all)")
     add("--seed", type=natural, default=0, help="image i depends on (seed, i) only")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -143,7 +146,7 @@ def make_config(args, data):
     """The run's configuration, from the flags and the data; with --init, the checkpoint's network and process."""
     start = weights.read_checkpoint(args.init)[1] if args.init else None
     diffusion = {"timesteps": 1000, "schedule": "linear", "objective": "simple"} | (start["diffusion"] if start else {})
-    diffusion |= {name: value for name in diffusion if (value := getattr(args, name)) is not None}
+    diffusion |= {name: value for name in diffusion if (value := getattr(args, name, None)) is not None}
     if diffusion["objective"] == "vlb" and (args.loss, args.timestep_sampling) != ("l2", "uniform"):
         raise UserError("--objective vlb goes with --loss l2 and --timestep-sampling uniform only")
     own = args.data not in DATASETS
@@ -178,10 +181,11 @@ def say_what_to_expect(args, data, config):
         test = None
     say(describe(data, test, labels=args.conditional))
     steps, batch_size = config["train"]["steps"], config["train"]["batch_size"]
-    if args.data not in DATASETS and not (args.epochs or args.minutes):
+    own = args.data not in DATASETS
+    if own and not (args.epochs or args.minutes):
         length = f"{steps:,} steps of {batch_size} images, {steps * batch_size / len(data):,.0f} passes over yours"
         say(f"{length}: fewer show little (--epochs or --minutes decide otherwise)")
-    if args.data not in DATASETS and not args.init and data.images.shape[1] == 3 and data.image_size % 8 == 0:
+    if own and args.model == "patch" and not args.init and data.images.shape[1] == 3 and data.image_size % 8 == 0:
         shipped = "cifar10_conditional" if args.conditional and data.image_size < 48 else "landscapes"
         say(f"a network that knows other photographs learns yours sooner: --init checkpoints/{shipped}.safetensors")
     diffusion = weights.build_diffusion(config["diffusion"])  # refuses what is out of range
@@ -192,6 +196,7 @@ def say_what_to_expect(args, data, config):
 
 
 def run_train(args):
+    args.init = args.init and weights.find_checkpoint(args.init)  # once: a run that trains still writes newer ones
     data = load_data(args.data, "train", args.image_size, args.channels, labels=args.conditional)
     if args.flip is not None:
         data.flip = args.flip
@@ -207,7 +212,7 @@ def run_train(args):
 # --- sample ----------------------------------------------------------------------------------------------------------
 
 
-def parse_labels(text, n, num_classes, classes=()):
+def parse_labels(text, n, num_classes, classes):
     """n labels for --labels: the classes asked for in turn, so that image i's label does not depend on n."""
     if text == "none" or not num_classes:
         if text not in ("none", "all"):
@@ -234,13 +239,16 @@ def run_sample(args):
     useless, useful = ("eta", "variance") if sampler.eta is None else ("variance", "eta")
     if getattr(args, useless) is not None:
         raise UserError(f"--{useless} has no effect on --sampler {args.sampler}, whose noise is --{useful}")
+    if args.strength and not args.start_from:
+        raise UserError("--strength goes with --start-from IMAGE")
     utils.check_writable(args.out)
-    device = utils.pick_device(args.device)
+    args.checkpoint = weights.find_checkpoint(args.checkpoint)  # once: a run that trains still writes newer ones
+    device, strength = utils.pick_device(args.device), args.strength or 0.6
     kind = {None: None, True: "ema", False: "raw"}[args.ema]
     model, diffusion, config = weights.load_checkpoint(args.checkpoint, kind, device, args.image_size)
     shape, x_T = weights.image_shape(model, config), None
     if args.start_from:
-        diffusion, x_T = begin_at(args.start_from, args.strength, diffusion, args.n, shape, args.seed)
+        diffusion, x_T = begin_at(args.start_from, strength, diffusion, args.n, shape, args.seed)
     labels, guidance = choose_guidance(args, model, config)
     options = {name: getattr(args, name) for name in ("seed", "sampler", "clip")}
     options |= {"steps": diffusion.step_count(args.sampler, args.steps), "eta": noise_level(args.sampler, args.eta)}
@@ -249,7 +257,7 @@ def run_sample(args):
         **options,
         **weights.describe_checkpoint(args.checkpoint),
         "weights": config["weights"],
-        "start_from": args.start_from and [args.start_from.name, args.strength],
+        "start_from": args.start_from and [args.start_from.name, strength],
         "dtype": utils.pick_precision(device),
         **guidance,
     }

@@ -124,8 +124,6 @@ class Diffusion:
             "vlb_weights": OBJECTIVES["vlb"](betas, alphas_cumprod),
             "loss_weights": look_up(OBJECTIVES, self.objective, "objective")(betas, alphas_cumprod),
         }
-        # Few-step samplers read these as Python floats: exact, and no table look-up on the device in each step.
-        self.alphas_cumprod_float64 = alphas_cumprod.tolist()
         self.to("cpu")
 
     def to(self, device, dtype=torch.float32):
@@ -203,8 +201,8 @@ class Diffusion:
             raise UserError(f"steps must be between 1 and the process's {self.timesteps} timesteps, not {steps}")
 
     def signal(self, t):
-        """alphas_cumprod at t as a float; 1 at t = -1, the clean image."""
-        return self.alphas_cumprod_float64[t] if t >= 0 else 1.0
+        """alphas_cumprod at t as a float, unrounded; 1 at t = -1, the clean image."""
+        return self.exact["alphas_cumprod"][t].item() if t >= 0 else 1.0
 
     def half_log_snr(self, t):
         """log(sqrt(alphas_cumprod) / sqrt(1 - alphas_cumprod)) at t, the lambda of Lu et al."""

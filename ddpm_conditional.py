@@ -14,6 +14,8 @@ import sys
 
 import torch
 
+from utils import command_line
+
 # What `train` trains unless told otherwise: the published CIFAR-10 model's.
 SHAPE = {"patch": 1, "width": 24, "mults": [1, 4, 8], "attention": False}
 
@@ -77,6 +79,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from utils import command_line
-
     command_line(main)

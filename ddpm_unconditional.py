@@ -32,12 +32,18 @@ CHANGES: dict = {"T200": {"timesteps": 200}, "flip": {"flip": True}, "9_epochs":
 ABLATIONS = {
     f"{name}_{change}": GRID[name] | CHANGES[change] for change in CHANGES for name in ("linear_l2", "cosine_l2")
 }
-# The bonus: the true bound's weights, in the loss or in how often each t is drawn. Its twins without them: linear_l2.
+# The bonus: the true bound's weights, in the loss or in how often each t is drawn. They are compared with linear_l2
+# of the same seed, which has no weights.
 WEIGHTS: dict = {"vlb": {"objective": "vlb"}, "vlb_sampled": {"timestep_sampling": "vlb"}}
 BONUS = {
     f"{name}_seed{seed}": GRID["linear_l2"] | {"seed": seed} | WEIGHTS[name] for name in WEIGHTS for seed in (0, 1, 2)
 }
-EXPERIMENTS = GRID | SEEDS | ABLATIONS | BONUS
+# Does vlb only need a longer training, or another learning rate? The longer ones are compared with linear_l2_9_epochs.
+LONGER = {f"{name}_9_epochs": GRID["linear_l2"] | WEIGHTS[name] | CHANGES["9_epochs"] for name in WEIGHTS}
+RATES = {f"vlb_lr_{lr}": GRID["linear_l2"] | WEIGHTS["vlb"] | {"lr": lr} for lr in (0.0003, 0.003)}
+EXPERIMENTS = GRID | SEEDS | ABLATIONS | BONUS | LONGER | RATES
+# The weights of these are submitted: pictures are drawn with them. Of the others there are numbers only.
+SHIPPED = [*GRID, *ABLATIONS, *(f"{name}_seed0" for name in WEIGHTS)]
 # One sampler measures them all. Ancestral steps correct a short-trained network's errors, which DDIM's keep.
 SAMPLER = {"sampler": "ddpm", "steps": 100, "seed": 0}
 
@@ -63,9 +69,9 @@ def run_grid(args):
 
 
 def publish(out, results):
-    """Copy seed 0's weights to checkpoints/, and all results to report/results/grid.json beside other machines'."""
+    """Copy the SHIPPED weights to checkpoints/, and all results to report/results/grid.json beside other machines'."""
     for result in results:
-        if result["config"]["train"]["seed"]:  # only there to show what chance does: its weights do not ship
+        if result["name"] not in SHIPPED:
             result["sha256_not_shipped"] = result.pop("sha256")
             continue
         with utils.atomic_path(utils.ROOT / f"checkpoints/grid_{result['name']}.safetensors") as temporary:
@@ -74,9 +80,12 @@ def publish(out, results):
     rows = json.loads(path.read_text())["runs"] if path.exists() else []
     rows = {row["name"]: row for row in rows + results}
     runs = [rows[name] for name in EXPERIMENTS if name in rows]
-    chosen, precision = [run["name"] for run in runs], results[0]["config"]["train"]["precision"]
-    command = f"python ddpm_unconditional.py grid --publish --precision {precision} --only {' '.join(chosen)}"
-    utils.write_json(path, {"command": command, "runs": runs})
+    chosen: dict = {}
+    for run in runs:
+        chosen.setdefault(run["config"]["train"]["precision"], []).append(run["name"])
+    grid = "python ddpm_unconditional.py grid --publish"
+    commands = [f"{grid} --precision {precision} --only {' '.join(names)}" for precision, names in chosen.items()]
+    utils.write_json(path, {"command": " && ".join(commands), "runs": runs})
 
 
 def check_free(args, names):
@@ -89,10 +98,10 @@ def check_free(args, names):
 
 def check_measurable(args):
     """Raise UserError where `measure` would: better before the training than after it."""
-    if args.timesteps and args.timesteps < SAMPLER["steps"]:
+    net, test = load_features(args.data), load_data(args.data, "test", args.image_size, args.channels)
+    if cli.make_config(args, test)["diffusion"]["timesteps"] < SAMPLER["steps"]:
         raise UserError(f"the experiments are sampled in {SAMPLER['steps']} steps: --timesteps must be at least that")
-    net = load_features(args.data)
-    check_shape(net, load_data(args.data, "test", args.image_size).images[:1])
+    check_shape(net, test.images[:1])
     evaluate.check_count(args.n, net.head.in_features)
 
 

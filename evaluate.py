@@ -5,7 +5,7 @@
 SAMPLES, an .npz or .npy of this or another program or a folder of pictures, is compared with the test split of a data
 set. Distances mean something only between equal sample counts, the same features and the same reference: every result
 records all three. The feature classifiers and what they say about the real images are in checkpoints/, so comparing
-samples needs no data set.
+samples of Fashion-MNIST or CIFAR-10 needs no data set.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,7 +30,7 @@ from ddpm_conditional import predictor, with_labels
 from features import FeatureNet, features_of, statistics
 from image_data import DATASETS, ImageData
 from utils import ArgumentParser, UserError, generator, natural, positive, progress, say, sha256, to_model
-from weights import describe_checkpoint, image_shape, load_checkpoint
+from weights import describe_checkpoint, find_checkpoint, image_shape, load_checkpoint
 
 # --- distances between two sets of features -----------------------------------------------------------------------
 
@@ -204,8 +205,8 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, netw
     }
 
 
-def nearest_neighbours(samples: torch.Tensor, data: ImageData, net: FeatureNet | None = None, k: int = 1):
-    """For each sample (uint8, N x C x H x W) the k nearest images of `data`: indices and distances, both N x k.
+def nearest_neighbours(samples: torch.Tensor, data: ImageData, net: FeatureNet | None = None):
+    """For each sample (uint8, N x C x H x W) the nearest image of `data`: indices and distances, both N.
 
     Distances are Euclidean, between pixels (0..255) or, where a classifier is given, between its features.
     """
@@ -218,7 +219,7 @@ def nearest_neighbours(samples: torch.Tensor, data: ImageData, net: FeatureNet |
         raise UserError(f"the samples are {there} (channels, height, width), the images of {data.name} {here}")
     x = embed(samples)
     distances = torch.cat([torch.cdist(x, embed(part)) for part in data.images.split(2000)], 1)
-    nearest = distances.topk(k, largest=False)
+    nearest = distances.min(1)
     return nearest.indices, nearest.values
 
 
@@ -232,7 +233,7 @@ def copying(samples: torch.Tensor, train: ImageData, test: ImageData, seed: int 
     distances = []
     for data in (train, test):
         some = data.images[torch.randperm(len(data), generator=g)[:count].sort().values]
-        distances.append(nearest_neighbours(samples, dataclasses.replace(data, images=some))[1][:, 0])
+        distances.append(nearest_neighbours(samples, dataclasses.replace(data, images=some))[1])
     nearer = (distances[0] < distances[1]).double()
     share = {"share_of_training_images": nearer.mean().item(), "standard_error": standard_error(nearer, correction=0)}
     return share | {"images_of_each": count, "seed": seed}
@@ -253,7 +254,7 @@ def model_images(data_name: str | None, config: dict, count: int) -> tuple[torch
     if classes and (len(data.classes) != classes or config["data"].get("classes", data.classes) != data.classes):
         raise UserError(f"the classes of {name} are not those of the model: give another --data")
     index = torch.arange(count) * len(data) // count
-    labels = data.labels[index] if classes and data.labels is not None else None
+    labels = data.labels[index] if classes else None
     return to_model(data.images[index]), labels, data.name
 
 
@@ -390,6 +391,7 @@ def run_sweep(args) -> None:
     """Measure the samples of each kind of weights at each scale and interval, but what --out already holds."""
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
+    args.checkpoint = find_checkpoint(args.checkpoint)  # once: a run that trains still writes newer ones
     # all of them before the work: one that is not there is refused at once
     models = {weights: load_checkpoint(args.checkpoint, weights, device) for weights in args.weights}
     model, diffusion, config = models[args.weights[0]]
@@ -495,7 +497,8 @@ def run_samples(args) -> dict:
 
 def run_model(measure, args) -> dict:
     """noise-error and likelihood: the checkpoint, its images, the measurement."""
-    about = describe_checkpoint(args.checkpoint)  # first: the run may be training still
+    args.checkpoint = find_checkpoint(args.checkpoint)  # once: a run that trains still writes newer ones
+    about = describe_checkpoint(args.checkpoint)
     model, diffusion, config = load_checkpoint(args.checkpoint, args.weights, utils.pick_device(args.device))
     images, labels, data_name = model_images(args.data, config, args.n)
     about |= {"weights": config["weights"], "data": data_name, "split": "test"}
@@ -545,7 +548,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.json_out:
         utils.check_writable(args.json_out)  # better before the work than after it
-    result = {"command": " ".join(["python evaluate.py", *argv]), **args.run(args)}
+    result = {"command": shlex.join(["python", "evaluate.py", *argv]), **args.run(args)}
     print(json.dumps(result, indent=2, allow_nan=False))
     if args.json_out:
         utils.write_json(args.json_out, result)

@@ -1,7 +1,7 @@
 """One look for the figures of the notebooks and the report: colours, line styles, grids of images, where they go.
 
-The colours are Okabe & Ito's, which colour-blind readers can tell apart; every colour comes with a line style or marker
-of its own, so that a print in grey can be read too. What a colour means is the same in every figure.
+The colours are Okabe & Ito's, which colour-blind readers can tell apart. Each schedule has its colour and line style in
+every figure, and so has each kind of guidance, so that a print in grey can be read too.
 """
 
 import inspect

@@ -528,15 +528,15 @@ def augment(data: ImageData, index, generator: torch.Generator | None = None) ->
     else:
         images = resize(data.images[index], data.image_size)
     if data.flip and generator is not None:
-        coin = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
-        images = torch.where(coin.to(images.device)[:, None, None, None], images.flip(3), images)
+        coin = torch.rand(len(images), generator=generator) < 0.5
+        images = torch.where(coin[:, None, None, None], images.flip(3), images)
     return to_model(images)
 
 
 def _random_crops(data: ImageData, index, generator: torch.Generator) -> torch.Tensor:
     """A box of 80-100% of the area, as wide or as high as still fits, at any place in each image, resized."""
     index, side = torch.as_tensor(index).tolist(), data.images.shape[-1]
-    area, shape, top, left = torch.rand(4, len(index), generator=generator, device=generator.device)
+    area, shape, top, left = torch.rand(4, len(index), generator=generator)
     area = 0.8 + 0.2 * area
     height, width = (area**shape * side).round(), (area ** (1 - shape) * side).round()
     top, left = (top * (side - height + 1)).floor(), (left * (side - width + 1)).floor()

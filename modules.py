@@ -6,7 +6,7 @@ Every network is called as `model(x, t, labels=None)`:
     labels  int64, N, or None: class indices; -1 (or None for the whole batch) means "no label"
 and returns the predicted noise eps, with the shape of x.
 
-`PatchUNet` is this project's own network (Point 1, and every model trained here on a CPU).
+`PatchUNet` is this project's own network: Point 1's, and that of all published models but `cifar10_course`.
 `UNet` and `UNet_conditional` are the course's networks: their parameters keep the course's names, order and shapes.
 """
 
@@ -79,12 +79,12 @@ def add_labels(emb, embedding, labels):
     return emb + embedding(labels.clamp(min=0)) * (labels >= 0)[:, None]
 
 
-# --- PatchUNet: most of the work at low resolution, where a CPU buys the most quality per second ---------------------
+# --- PatchUNet: most of the work at low resolution -------------------------------------------------------------------
 
 
-def equal_groups(dim, size=32):
-    """How many equal groups of about `size` features (never fewer) `dim` has, for attention's heads and norm."""
-    return next(n for n in range(max(1, dim // size), 0, -1) if dim % n == 0)
+def equal_groups(dim):
+    """How many equal groups of about 32 features (never fewer) `dim` has, for attention's heads and norm."""
+    return next(n for n in range(max(1, dim // 32), 0, -1) if dim % n == 0)
 
 
 def norm(dim, affine=True):
@@ -266,7 +266,7 @@ class DoubleConv(nn.Module):
 class Down(nn.Module):
     """Halve the image's side, then add the embedding to every position."""
 
-    def __init__(self, in_channels, out_channels, emb_dim=256):
+    def __init__(self, in_channels, out_channels, emb_dim):
         super().__init__()
         self.maxpool_conv = nn.Sequential(
             nn.MaxPool2d(2), DoubleConv(in_channels, in_channels, residual=True), DoubleConv(in_channels, out_channels)
@@ -280,7 +280,7 @@ class Down(nn.Module):
 class Up(nn.Module):
     """Double the image's side, join the skip, then add the embedding to every position."""
 
-    def __init__(self, in_channels, out_channels, emb_dim=256):
+    def __init__(self, in_channels, out_channels, emb_dim):
         super().__init__()
         self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
         self.conv = nn.Sequential(

@@ -123,7 +123,7 @@ class Run:
         }
 
     def restore(self, state):
-        self.step, self.losses = state["step"], state["losses"][: state["step"]].tolist()
+        self.step, self.losses = state["step"], state["losses"].tolist()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for kind, average in state["emas"].items():
@@ -241,7 +241,7 @@ def train(config, data, out, resume=False, device="auto", minutes=None, sample_e
     Raises UserError for bad input, KeyboardInterrupt once everything is saved after Ctrl-C or a termination request.
     """
     out = Path(out)
-    if not out.name:
+    if out.name in ("", ".."):
         raise UserError(f"a run needs a folder of its own, such as --out runs/NAME, not {str(out)!r}")
     config["train"] = DEFAULTS | config["train"]
     rank, world = join_process_group(device)

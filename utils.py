@@ -216,12 +216,12 @@ def autocast(device, precision=None):
     return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "float32")
 
 
-def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
+def generator(*key: int) -> torch.Generator:
     """A random stream for every key of numbers from 0 on, such as (seed, step): equal keys give equal streams."""
     # SeedSequence pads with zeros, so without their number (1,) and (1, 0) would be the same key.
     # (PyTorch's CPU generator uses the lower 32 bits of the seed: two of 10,000 streams coincide with probability 1%.)
     state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0]))
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 def to_model(images: torch.Tensor) -> torch.Tensor:

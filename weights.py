@@ -88,7 +88,7 @@ def load_state(folder, entries=STATE_ENTRIES):
             except Exception as error:  # not written by this program: torch.load raises what it likes
                 if is_out_of_memory(error):
                     raise
-        say(f"{path} is damaged: going on from the state before it")
+        say(f"{path} is damaged and is passed over")
     return None, None
 
 
@@ -118,8 +118,8 @@ def read_checkpoint(path):
     """A denoiser's tensors (float32; "raw/NAME", "ema_0.999/NAME", ...) and its configuration. Raises UserError."""
     path = find_checkpoint(path)
     tensors, config = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    try:
-        config["model"].items(), config["diffusion"].items(), ", ".join(config["data"].get("classes") or ())
+    try:  # raises for whatever those who read a configuration would stumble over
+        config["model"]["name"], config["diffusion"].items(), ", ".join(config["data"].get("classes") or ())
         [f"{beta:g}" for beta in config["train"]["ema_betas"]]
         f"{images_seen(config['train']):d}"
     except (KeyError, ValueError, TypeError, AttributeError) as error:

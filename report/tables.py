@@ -1,7 +1,7 @@
 """The tables of the three Markdown pages, from report/results/*.json and the checkpoints themselves.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`, and `python report/build.py tables` replaces it whole. So no
-measured number in those files is typed by hand, and a test can tell when one is out of date.
+number in those tables is typed by hand, and a test can tell when one is out of date.
 """
 
 import re

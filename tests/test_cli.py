@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, class_folder, picture
 from PIL import Image, ImageSequence
+from safetensors.torch import save_file
 
 import cli
 import ddpm
@@ -271,6 +272,10 @@ def test_init(runs, idx_folder, tmp_path, refused):
     for more in (["--model", "course"], ["--width", 16]):
         error = refused(ddpm.main, *flags, *more, "--out", tmp_path / "other")
         assert "does not fit" in error and "published.safetensors" in error
+    tensors, strange = read_checkpoint(published)
+    for change in ({"model": {"channels": 1}}, {"diffusion": strange["diffusion"] | {"new": 1}}):
+        save_file(tensors, published, {"config": json.dumps(strange | change)})
+        refused(ddpm.main, *flags, "--out", tmp_path / "other")
     assert not (tmp_path / "other/config.json").exists() and not list(tmp_path.glob("other/state*"))
 
 
@@ -307,7 +312,9 @@ def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(ddpm_unconditional, "check_measurable", lambda args: None)
     monkeypatch.setattr(utils, "ROOT", tmp_path)
     published = tmp_path / "report/results/grid.json"
-    utils.write_json(published, {"runs": [{"name": "sigmoid_l1"}, {"name": "cosine_l2", "old": True}]})
+    elsewhere = {"config": {"train": {"precision": "bfloat16"}}}
+    old_rows = [{"name": "sigmoid_l1"} | elsewhere, {"name": "cosine_l2", "old": True} | elsewhere]
+    utils.write_json(published, {"runs": old_rows})
     flags = ["grid", "--out", tmp_path / "grid", "--data", idx_folder, *TINY, "--publish"]
     for only in (["cosine_l2"], ["linear_l1", "cosine_l2"], ["linear_l1_seed1"]):
         run(ddpm_unconditional.main, *flags, "--only", *only)
@@ -318,7 +325,9 @@ def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, refused):
     rows = {row["name"]: row.get("schedule") for row in runs}
     assert rows == {"linear_l1": "linear", "sigmoid_l1": None, "cosine_l2": "cosine", "linear_l1_seed1": "linear"}
     assert [row["name"] for row in runs if "sha256_not_shipped" in row] == ["linear_l1_seed1"]
-    assert json.loads(published.read_text())["command"].endswith(f"--only {' '.join(rows)}")
+    command = "python ddpm_unconditional.py grid --publish --precision"
+    ours, theirs = "float32 --only linear_l1 cosine_l2 linear_l1_seed1", "bfloat16 --only sigmoid_l1"
+    assert json.loads(published.read_text())["command"] == f"{command} {ours} && {command} {theirs}"
     written = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert written == {"grid_linear_l1.safetensors", "grid_cosine_l2.safetensors"}
     assert measured == ["cosine_l2", "linear_l1", "linear_l1_seed1"]
@@ -528,7 +537,8 @@ def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused, monkeypatc
     assert "started with num_classes = 10" in error
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
-    for out, message in (("file", "file"), ("file/run", "file"), ("", "a folder of its own")):  # not the current one
+    # nor the current folder, nor its parent
+    for out, message in (("file", "file"), ("file/run", "file"), ("", "its own"), ("..", "its own")):
         assert message in refused(ddpm.main, *flags, "--out", out)
     assert everything(tmp_path) == {tmp_path / "file": b"mine"}
 
@@ -548,6 +558,7 @@ def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused, monkeypatc
         (["--cfg-interval", 20, 30, "--cfg-scale", 2], "below T"),
         (["--start-from", "nowhere.png"], "nowhere.png is no readable image"),
         (["--strength", 0], "--strength"),
+        (["--strength", 0.3], "--strength goes with --start-from"),
         (["--image-size", 10], "--image-size that 4 divides"),
         (["--labels", "10"], "by name or number (0 to 9), not '10'"),
         (["--labels", "0,-1"], "not '-1'"),
@@ -593,6 +604,7 @@ def test_bad_publish(flags, message, runs, tmp_path, refused, monkeypatch):
         (["--only", "linear_l2_seed1", "--seed", 3], "has its own --seed, 1"),
         (["--only", "linear_l2_flip", "--no-flip"], "has its own --flip"),
         (["--timesteps", 50], "--timesteps must be at least"),
+        (["--channels", 3], "28 x 28 x 3"),
         (["--n", 100], "make at least 129"),
         (["--image-size", 32], "32 x 32"),
         (["--data", "nowhere/fashion_mnist"], "is called like the built-in fashion_mnist"),

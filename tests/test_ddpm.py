@@ -91,7 +91,7 @@ def test_tables(schedule, timesteps):
     assert ((betas > 0) & (betas < 1)).all()
     exact = np.cumprod(1 - betas.numpy())
     assert (np.diff(exact, prepend=1) < 0).all()
-    np.testing.assert_allclose(d.alphas_cumprod_float64, exact, rtol=1e-10)
+    np.testing.assert_allclose(d.exact["alphas_cumprod"], exact, rtol=1e-10)
     for name, want in {
         "betas": betas,
         "alphas_cumprod": exact,
@@ -288,7 +288,7 @@ def sampled_mean_and_variance(run, diffusion, steps, sources, **options):
         return next(drawn).view(-1, 1, 1, 1)
 
     def eps_model(x, t):
-        a = diffusion.alphas_cumprod_float64[t[0]]
+        a = diffusion.signal(t[0])
         return gain(a) * (x - a**0.5 * MEAN)
 
     *_, response = run(diffusion, eps_model, draw(), draw, steps, clip=False, **options)
@@ -430,7 +430,7 @@ def test_a_perfect_predictor_gets_the_image_back():
     d = Diffusion(100, "cosine")
 
     def eps_model(x, t):
-        a = d.alphas_cumprod_float64[t[0]]
+        a = d.signal(t[0])
         return (x - a**0.5 * x0) / (1 - a) ** 0.5
 
     for sampler in ddpm.SAMPLERS:

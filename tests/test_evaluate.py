@@ -129,10 +129,12 @@ def test_nearest_neighbours_brute_force(by):
     net = features.FeatureNet(1, 6, 2, [4, 8], [1]).eval() if by == "features" else None
     images = torch.randint(256, (30, 1, 6, 6), generator=generator(1), dtype=torch.uint8)
     data = ImageData(images, None, [], "toy", False, 6)
-    index, distance = evaluate.nearest_neighbours(images[[20, 3]], data, net, k=4)
-    assert index[:, 0].tolist() == [20, 3]
-    x = (net(to_model(images))[0].detach() if net else images.flatten(1)).double()
-    np.testing.assert_allclose(distance, torch.cdist(x[[20, 3]], x).sort(1).values[:, :4], atol=1e-6)
+    samples = images[[20, 3]] ^ 4  # near to these two, but not the same
+    index, distance = evaluate.nearest_neighbours(samples, data, net)
+    embed = (lambda x: net(to_model(x))[0].detach().double()) if net else lambda x: x.flatten(1).double()
+    nearest = torch.cdist(embed(samples), embed(images)).sort(1)
+    assert index.tolist() == nearest.indices[:, 0].tolist() == [20, 3]
+    np.testing.assert_allclose(distance, nearest.values[:, 0], atol=1e-6)
     with pytest.raises(UserError, match="the images of toy"):
         evaluate.nearest_neighbours(images[..., :4], data, net)
 
@@ -159,7 +161,7 @@ MEAN, STD = -0.2, 0.3  # of the Gaussian whose optimal predictor is known
 
 def optimal_predictor(diffusion):
     """E[noise | x_t] for pixels that are independent N(MEAN, STD^2)."""
-    alphas_cumprod = torch.tensor(diffusion.alphas_cumprod_float64)
+    alphas_cumprod = diffusion.exact["alphas_cumprod"]
 
     def eps_model(x, t, labels=None):
         a = alphas_cumprod[t].view(-1, 1, 1, 1)
@@ -175,7 +177,7 @@ def gaussian_images(count, size=4):
 
 def expected_bound(images, diffusion):
     """The bound with the optimal predictor, every term exactly, in float64 numpy: bits/dim and its three parts."""
-    a = np.array(diffusion.alphas_cumprod_float64)
+    a = diffusion.exact["alphas_cumprod"].numpy()
     x0 = images.double().numpy().ravel()
     a_prev = np.append(1, a[:-1])
     beta = 1 - a / a_prev
@@ -268,7 +270,7 @@ def test_timesteps_are_seen_evenly(timesteps):
 def test_noise_error_of_the_optimal_predictor():
     diffusion, images = Diffusion(200, "cosine"), gaussian_images(400)
     result = evaluate.noise_error(optimal_predictor(diffusion), diffusion, images, batch_size=400)
-    a = np.array(diffusion.alphas_cumprod_float64)
+    a = diffusion.exact["alphas_cumprod"].numpy()
     x0 = images.double().numpy().ravel()
     # noise - E[noise | x_t] is linear in x0 - MEAN and the noise
     gain = np.sqrt(1 - a) / (a * STD**2 + 1 - a)

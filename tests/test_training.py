@@ -496,7 +496,7 @@ def test_damaged_states(finished, tiny_data, tmp_path, interrupt, capsys, damage
     capsys.readouterr()
     train(tiny_config(), tiny_data, tmp_path, resume=True)
     err = capsys.readouterr().err
-    assert f"{newest} is damaged: going on from the state before it" in err
+    assert f"{newest} is damaged and is passed over" in err
     assert ("going on from step 4" in err) == (damage != "all")
     assert_same(contents(tmp_path), contents(finished))
 
