@@ -123,7 +123,8 @@ class Run:
         }
 
     def restore(self, state):
-        self.step, self.losses = state["step"], state["losses"].tolist()
+        # the losses of an older version's state are as many as the run's steps: NaN for those to come
+        self.step, self.losses = state["step"], state["losses"][: state["step"]].tolist()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for kind, average in state["emas"].items():
