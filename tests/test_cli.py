@@ -537,8 +537,8 @@ def test_bad_folders_to_train_in(runs, idx_folder, tmp_path, refused, monkeypatc
     assert "started with num_classes = 10" in error
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
-    # nor the current folder, nor its parent
-    for out, message in (("file", "file"), ("file/run", "file"), ("", "its own"), ("..", "its own")):
+    own = "a folder of its own"  # not the current one, nor its parent
+    for out, message in (("file", "file"), ("file/run", "file"), ("", own), ("..", own)):
         assert message in refused(ddpm.main, *flags, "--out", out)
     assert everything(tmp_path) == {tmp_path / "file": b"mine"}
 
