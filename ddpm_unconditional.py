@@ -38,9 +38,13 @@ WEIGHTS: dict = {"vlb": {"objective": "vlb"}, "vlb_sampled": {"timestep_sampling
 BONUS = {
     f"{name}_seed{seed}": GRID["linear_l2"] | {"seed": seed} | WEIGHTS[name] for name in WEIGHTS for seed in (0, 1, 2)
 }
-# Does vlb only need a longer training, or another learning rate? The longer ones are compared with linear_l2_9_epochs.
+# Do they only need a longer training, or another learning rate? The longer ones are compared with linear_l2_9_epochs.
 LONGER = {f"{name}_9_epochs": GRID["linear_l2"] | WEIGHTS[name] | CHANGES["9_epochs"] for name in WEIGHTS}
-RATES = {f"vlb_lr_{lr}": GRID["linear_l2"] | WEIGHTS["vlb"] | {"lr": lr} for lr in (0.0003, 0.003)}
+RATES = {
+    f"{name}_lr_{lr}": GRID["linear_l2"] | WEIGHTS.get(name, {}) | {"lr": lr}
+    for name in ("linear_l2", *WEIGHTS)
+    for lr in (0.0003, 0.003)
+}
 EXPERIMENTS = GRID | SEEDS | ABLATIONS | BONUS | LONGER | RATES
 # The weights of these are submitted: pictures are drawn with them. Of the others there are numbers only.
 SHIPPED = [*GRID, *ABLATIONS, *(f"{name}_seed0" for name in WEIGHTS)]
