@@ -15,9 +15,11 @@ from ddpm_conditional import predictor
 from image_data import DATASETS, decode_image, describe, describe_folder, load_data, with_channels
 from modules import BLOCKS
 from utils import UserError, natural, number, positive, say
+from weights import find_checkpoint
 
 SHAPE_FLAGS = ["width", "mults", "depth", "patch", "block", "attention"]  # PatchUNet's
 EPOCHS, BATCH_SIZE = 5, training.DEFAULTS["batch_size"]
+STRENGTH = 0.6  # of --start-from
 # One's own images may be few, so the default length is a number of steps: six minutes of two cores at 64 x 64.
 # OWN_SHAPE is for sides of 48 or more that 16 divides.
 OWN_STEPS, OWN_BATCH_SIZE = 2000, 32
@@ -39,7 +41,7 @@ def make_parser(description, data, shape, conditional=False):
     sample.set_defaults(run=run_sample)
 
     publish = commands.add_parser("publish", help="make a small checkpoint of a run")
-    publish.add_argument("--run", type=Path, required=True, dest="checkpoint", help="a run's folder")
+    publish.add_argument("--run", type=find_checkpoint, required=True, dest="checkpoint", help="a run's folder")
     publish.add_argument("--weights", nargs="+", default=["ema"], help="raw, ema, or ema_BETA")
     publish.add_argument("--out", type=Path, required=True, help="the checkpoint to write, half precision")
     publish.set_defaults(run=run_publish)
@@ -92,12 +94,14 @@ def add_train_flags(parser, conditional, shape):
     add("--sample-every", type=natural, default=500, help="steps between sample grids; 0: none")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--resume", action="store_true", help="go on with an interrupted run; starts one where there is none")
-    add("--init", type=Path, metavar="CHECKPOINT", help="start from its weights, averages, network and process")
+    init = "start from its weights, averages, network and process"
+    add("--init", type=find_checkpoint, metavar="CHECKPOINT", help=init)
 
 
 def add_sample_flags(parser, conditional):
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a .safetensors, a run's folder or state, the course's .pt")
+    checkpoint = "a .safetensors, a run's folder or state, the course's .pt"
+    add("--checkpoint", type=find_checkpoint, required=True, help=checkpoint)
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images, in all")
     add("--image-size", type=number(int, 1, 4096), help="side of the images (default: as trained; the course's: 64)")
     add("--sampler", choices=list(SAMPLERS), default="ddim", help="ddpm: ancestral; ddim; dpm: second order")
@@ -113,7 +117,8 @@ def add_sample_flags(parser, conditional):
         add("--cfg-scale", type=number(float, 0), default=0.0, help="guidance: 0 (or 1) none")
         add("--cfg-interval", type=natural, nargs=2, metavar=("LOW", "HIGH"), help="guide where LOW <= t <= HIGH only")
     add("--start-from", type=Path, metavar="IMAGE", help="begin with this image, noised, instead of with noise alone")
-    add("--strength", type=number(float, 0, 1, above=True), help="how far it is noised; 1: to t = T-1 (default: 0.6)")
+    strength = f"how far it is noised; 1: to t = T-1 (default: {STRENGTH})"
+    add("--strength", type=number(float, 0, 1, above=True), help=strength)
     add("--batch-size", type=positive, default=250, help="images denoised at once (a .gif: all)")
     add("--seed", type=natural, default=0, help="image i depends on (seed, i) only")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -196,7 +201,6 @@ def say_what_to_expect(args, data, config):
 
 
 def run_train(args):
-    args.init = args.init and weights.find_checkpoint(args.init)  # once: a run that trains still writes newer ones
     data = load_data(args.data, "train", args.image_size, args.channels, labels=args.conditional)
     if args.flip is not None:
         data.flip = args.flip
@@ -242,8 +246,7 @@ def run_sample(args):
     if args.strength and not args.start_from:
         raise UserError("--strength goes with --start-from IMAGE")
     utils.check_writable(args.out)
-    args.checkpoint = weights.find_checkpoint(args.checkpoint)  # once: a run that trains still writes newer ones
-    device, strength = utils.pick_device(args.device), args.strength or 0.6
+    device, strength = utils.pick_device(args.device), args.strength or STRENGTH
     kind = {None: None, True: "ema", False: "raw"}[args.ema]
     model, diffusion, config = weights.load_checkpoint(args.checkpoint, kind, device, args.image_size)
     shape, x_T = weights.image_shape(model, config), None

@@ -373,7 +373,7 @@ def interval(text: str) -> list[int] | None:
 
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a conditional checkpoint")
+    add("--checkpoint", type=find_checkpoint, required=True, help="a conditional checkpoint")
     add("--data", help="the data set to compare with (default: the one the model was trained on)")
     add("--weights", nargs="+", default=["raw", "ema"], help="raw, ema, or ema_BETA")
     add("--scales", nargs="+", type=utils.number(float, 0), default=[1, 1.25, 1.5, 2, 3, 5, 7.5], help="of guidance")
@@ -391,7 +391,6 @@ def run_sweep(args) -> None:
     """Measure the samples of each kind of weights at each scale and interval, but what --out already holds."""
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
-    args.checkpoint = find_checkpoint(args.checkpoint)  # once: a run that trains still writes newer ones
     # all of them before the work: one that is not there is refused at once
     models = {weights: load_checkpoint(args.checkpoint, weights, device) for weights in args.weights}
     model, diffusion, config = models[args.weights[0]]
@@ -497,7 +496,6 @@ def run_samples(args) -> dict:
 
 def run_model(measure, args) -> dict:
     """noise-error and likelihood: the checkpoint, its images, the measurement."""
-    args.checkpoint = find_checkpoint(args.checkpoint)  # once: a run that trains still writes newer ones
     about = describe_checkpoint(args.checkpoint)
     model, diffusion, config = load_checkpoint(args.checkpoint, args.weights, utils.pick_device(args.device))
     images, labels, data_name = model_images(args.data, config, args.n)
@@ -531,7 +529,7 @@ def make_parser() -> argparse.ArgumentParser:
     add["samples"]("--features", help="whose classifier's features, or inception (default: the data set's own)")
     add["samples"]("--bootstrap", type=natural, default=100, help="draws for the Frechet distance's interval")
     for name in ("noise-error", "likelihood"):
-        add[name]("checkpoint", type=Path, help="a checkpoint, a run's folder, or the course's weights")
+        add[name]("checkpoint", type=find_checkpoint, help="a checkpoint, a run's folder, or the course's weights")
         add[name]("--data", help="the data set (default: the one the model was trained on)")
         add[name]("--n", type=positive, default=1000, help="test images")
         add[name]("--weights", help="raw, ema or ema_BETA (default: the average where there is one)")

@@ -96,7 +96,10 @@ def load_state(folder, entries=STATE_ENTRIES):
 
 
 def find_checkpoint(path):
-    """The file that a checkpoint's path stands for: of a run's folder its newest weights. Raises UserError."""
+    """The file that a checkpoint's path stands for: of a run's folder its newest weights. Raises UserError.
+
+    The scripts ask once, when they read their flags: a run that still trains soon has newer ones.
+    """
     path = Path(path)
     if path.is_file():
         return path
