@@ -5,7 +5,8 @@
     python benchmark.py --only minutes samplers    what training and sampling reach: these take hours
 
 The plain side: float32, images one at a time through PIL, attention that stores its matrices, Adam and EMA tensor by
-tensor, all the steps of the diffusion process, two passes of the network for a guided step. Ours: as the scripts do it.
+tensor, hundreds of sampling steps (the rows say how many), two passes of the network for a guided step. Ours: as the
+scripts do it.
 
 Both are generators whose items are units of work. They take turns, each in a new process, since ours changes settings
 of its process. A gain is formed within a turn: a machine that slows down slows both.

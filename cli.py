@@ -12,7 +12,7 @@ import utils
 import weights
 from ddpm import LOSSES, OBJECTIVES, SAMPLERS, SCHEDULES, noise_level
 from ddpm_conditional import predictor
-from image_data import DATASETS, decode_image, describe, describe_folder, load_data, with_channels
+from image_data import DATASETS, decode_image, describe, describe_folder, load_data, save_samples, with_channels
 from modules import BLOCKS
 from utils import UserError, natural, number, positive, say
 from weights import find_checkpoint
@@ -279,7 +279,7 @@ def run_sample(args):
             if suffix == ".png":
                 utils.save_grid(images, args.out, columns)
             else:
-                utils.save_samples(args.out, images, labels, source)
+                save_samples(args.out, images, labels, source)
     print(f"wrote {args.out}")
 
 

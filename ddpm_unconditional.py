@@ -56,11 +56,11 @@ def run_grid(args):
     """Train, measure and publish the experiments one by one; what was interrupted or is longer now goes on."""
     names = args.only or list(GRID)
     check_free(args, names)
-    check_measurable(args)
+    check_measurable(args, names)
     for i, name in enumerate(names):
         folder = args.out / name
         say(f"{name} ({i + 1} of {len(names)})")
-        cli.run_train(argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder, "resume": True}))
+        cli.run_train(argparse.Namespace(**vars(args) | EXPERIMENTS[name] | {"out": folder}))
         if utils.is_main() and not is_measured(folder, args.n):
             measure(name, folder, args.data, args.n, args.device)
     if utils.is_main():
@@ -100,10 +100,11 @@ def check_free(args, names):
                 raise UserError(f"{name} has its own --{flag}, {value}: leave that out, or choose others with --only")
 
 
-def check_measurable(args):
+def check_measurable(args, names):
     """Raise UserError where `measure` would: better before the training than after it."""
     net, test = load_features(args.data), load_data(args.data, "test", args.image_size, args.channels)
-    if cli.make_config(args, test)["diffusion"]["timesteps"] < SAMPLER["steps"]:
+    configs = [cli.make_config(argparse.Namespace(**vars(args) | EXPERIMENTS[name]), test) for name in names]
+    if min(config["diffusion"]["timesteps"] for config in configs) < SAMPLER["steps"]:
         raise UserError(f"the experiments are sampled in {SAMPLER['steps']} steps: --timesteps must be at least that")
     check_shape(net, test.images[:1])
     evaluate.check_count(args.n, net.head.in_features)
@@ -171,7 +172,8 @@ def main(argv=None):
     grid.add_argument("--n", type=utils.positive, default=2000, help="samples to measure")
     grid.add_argument("--publish", action="store_true", help="also fill checkpoints/ and report/results/grid.json")
     # 3 epochs of 60,000 images; the average begins after the first
-    grid.set_defaults(run=run_grid, epochs=3, cooldown=0.25, ema_start=469, sample_every=0, schedule=None, loss=None)
+    grid.set_defaults(run=run_grid, epochs=3, cooldown=0.25, ema_start=469, sample_every=0, resume=True)
+    grid.set_defaults(schedule=None, loss=None)
     flags = {flag for experiment in EXPERIMENTS.values() for flag in experiment}
     grid.set_defaults(defaults={flag: grid.get_default(flag) for flag in flags})
     args = parser.parse_args(argv)

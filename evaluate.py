@@ -28,7 +28,7 @@ import utils
 from ddpm import SAMPLERS, noise_level, per_image
 from ddpm_conditional import predictor, with_labels
 from features import FeatureNet, features_of, statistics
-from image_data import DATASETS, ImageData
+from image_data import DATASETS, ImageData, load_samples, short_name
 from utils import ArgumentParser, UserError, generator, natural, positive, progress, say, sha256, to_model
 from weights import describe_checkpoint, find_checkpoint, image_shape, load_checkpoint
 
@@ -161,13 +161,13 @@ def evaluate_samples(images, labels=None, data_name="fashion_mnist", features_na
     """
     if features_name == "inception":
         return {"samples": len(images), **inception_distance(images, data_name, seed)}
-    net = features.load_features(features_name or data_name)
-    own, image_size = net.name == Path(data_name).name, images.shape[-1]
+    own, image_size = short_name(features_name or data_name) == short_name(data_name), images.shape[-1]
+    net = features.load_features(data_name if own else features_name)
     images = images if own else features.shrink(net, images)
     features.check_shape(net, images)
     reference, about = features.load_reference(data_name, net, image_size)
     x, logits = features_of(net, images)
-    result = {"samples": len(images), "image_size": image_size, "data": Path(data_name).name}
+    result = {"samples": len(images), "image_size": image_size, "data": short_name(data_name)}
     result |= about | compare(x, reference, seed, draws)
     if labels is not None and own:
         result["labels"] = label_agreement(logits, labels, net.classes)
@@ -180,6 +180,8 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, netw
     images: uint8 N x C x H x W. network: how many of Inception's features, or a module that computes others.
     """
     _, test = features.load_splits(data_name, images.shape[-1], images.shape[1])
+    if min(len(images), len(test)) < 2:
+        raise UserError("a distance needs at least two samples and two held-out images")
     try:
         from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
         from torchmetrics.wrappers import FeatureShare
@@ -197,7 +199,7 @@ def inception_distance(images: torch.Tensor, data_name: str, seed: int = 0, netw
     distances = metrics.compute()
     mean, deviation = (value.item() for value in distances["KernelInceptionDistance"])
     return {
-        "data": Path(data_name).name,
+        "data": test.name,
         "reference": {"split": "test", "images": len(test)},
         "features": {"name": "inception-v3-compat", "dimensions": 2048},
         "frechet_distance": distances["FrechetInceptionDistance"].item(),
@@ -291,13 +293,13 @@ def noise_error(model, diffusion, images: torch.Tensor, labels=None, seed=0, bat
     """
     T = diffusion.timesteps
     edges = sorted({round(i * T / min(20, T)) for i in range(min(20, T) + 1)})
-    per_range, total, variance = [], 0.0, 0.0
+    per_range, totals = [], torch.zeros(len(images), dtype=torch.float64)
     for (first, last), _, noise, eps in predictions(model, diffusion, images, labels, edges, seed, batch_size):
         errors = (eps - noise).double().square().flatten(1).mean(1)
-        mean, se, share = errors.mean().item(), standard_error(errors), (last - first) / T
-        per_range.append({"t_from": first, "t_to": last - 1, "mse": mean, "standard_error": se})
-        total, variance = total + share * mean, variance + (share * se) ** 2
-    result = {"mse": total, "standard_error": math.sqrt(variance), "per_t": per_range}
+        error = {"mse": errors.mean().item(), "standard_error": standard_error(errors)}
+        per_range.append({"t_from": first, "t_to": last - 1} | error)
+        totals += (last - first) / T * errors  # an image that is hard at one t is hard at others
+    result = {"mse": totals.mean().item(), "standard_error": standard_error(totals), "per_t": per_range}
     return result | {"images": len(images), "seed": seed}
 
 
@@ -377,7 +379,7 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", help="the data set to compare with (default: the one the model was trained on)")
     add("--weights", nargs="+", default=["raw", "ema"], help="raw, ema, or ema_BETA")
     add("--scales", nargs="+", type=utils.number(float, 0), default=[1, 1.25, 1.5, 2, 3, 5, 7.5], help="of guidance")
-    add("--intervals", nargs="+", type=interval, default=[None], help="timesteps to guide at, as 200-700; none: all")
+    add("--intervals", nargs="+", type=interval, help="timesteps to guide at, as 200-700 (default: none, guide at all)")
     add("--n", type=positive, default=2000, help="samples per setting, spread over the classes")
     add("--sampler", choices=list(SAMPLERS), default="dpm", help="as for `sample`")
     add("--steps", type=positive, default=20, help="network evaluations per image")
@@ -397,7 +399,8 @@ def run_sweep(args) -> None:
     if model.num_classes is None:
         raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
     diffusion.check_steps(args.steps)
-    if any(where and where[0] > min(where[1], diffusion.timesteps - 1) for where in args.intervals):
+    intervals = args.intervals or [None]
+    if any(where and where[0] > min(where[1], diffusion.timesteps - 1) for where in intervals):
         raise UserError(f"--intervals must rise and begin below the model's {diffusion.timesteps} timesteps")
     data_name, shape = args.data or config["data"].get("name"), image_shape(model, config)
     if data_name is None:
@@ -412,7 +415,7 @@ def run_sweep(args) -> None:
     features.check_shape(net, torch.empty(0, *shape))
     check_count(args.n, net.head.in_features)
     labels = torch.arange(args.n) % model.num_classes
-    settings = list(itertools.product(args.weights, args.scales, args.intervals))
+    settings = list(itertools.product(args.weights, args.scales, intervals))
     for weights, scale, where in settings[len(result["rows"]) :]:
         model, _, loaded = models[weights]
         name = f"{weights}, cfg_scale {scale:g}" + (f" for {where[0]} <= t <= {where[1]}" if where else "")
@@ -484,10 +487,10 @@ def count_curve(x: torch.Tensor, reference: dict, seed: int, repeats: int = 10) 
 
 def run_samples(args) -> dict:
     """samples and copying: the file, its images, the measurement."""
-    images, labels = utils.load_samples(args.samples)
+    images, labels, source = load_samples(args.samples)
     file = {"file": args.samples.name}
     if args.samples.is_file():
-        file |= {"file_sha256": sha256(args.samples)} | utils.samples_source(args.samples)
+        file |= {"file_sha256": sha256(args.samples)} | source
     if args.command == "samples":
         return file | evaluate_samples(images, labels, args.data, args.features, args.seed, args.bootstrap)
     train, test = features.load_splits(args.data, images.shape[-1], images.shape[1])

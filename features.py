@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from image_data import DATASETS, ImageData, describe, describe_folder, load_data, resize
+from image_data import DATASETS, ImageData, describe, describe_folder, load_data, resize, short_name
 from utils import ROOT, UserError, autocast, generator, pick_precision, progress, say, sha256, to_model
 from weights import load_state, read_tensors, save_state, save_tensors
 
@@ -111,7 +111,7 @@ def train_features(name: str, seed: int = 0) -> dict:
     facts: dict = {"data": name, "folder": describe_folder(name), "seed": seed}
     facts |= {"architecture": architecture, "recipe": recipe}
     identity, history = json.dumps([facts, len(train)]), []
-    states = ROOT / f"runs/features_{Path(name).name}"
+    states = ROOT / f"runs/features_{short_name(name)}"
     state, _ = load_state(states, {"identity", "net", "optimizer", "history"})
     if state is not None and state["identity"] == identity:
         net.load_state_dict(state["net"])
@@ -131,7 +131,7 @@ def train_features(name: str, seed: int = 0) -> dict:
     facts["test_accuracy"] = accuracy(net, test)
     save_tensors(weights_path, weights, facts)
     counts = {"train_images": len(train), "test_images": len(test), "features_sha256": sha256(weights_path)}
-    save_tensors(reference_path, make_reference(net, train, test), {"data": Path(name).name} | counts)
+    save_tensors(reference_path, make_reference(net, train, test), {"data": short_name(name)} | counts)
     say(f"wrote {weights_path} and {reference_path}")
     return facts
 
@@ -177,7 +177,7 @@ def accuracy(net: FeatureNet, data: ImageData) -> float:
 
 def checkpoint_path(kind: str, name: str | Path) -> Path:
     """checkpoints/KIND_NAME.safetensors. Raises UserError for a folder that is called like built-in data."""
-    short = Path(name).name
+    short = short_name(name)
     if str(name) != short and short in DATASETS:
         raise UserError(f"{name} is called like the built-in {short}: use that name for it, or rename the folder")
     return CHECKPOINTS / f"{kind}_{short}.safetensors"
@@ -194,10 +194,10 @@ def load_features(name: str | Path) -> FeatureNet:
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} does not fit the network: {hint}") from error
     # a name without a path does for a folder that is elsewhere
-    if (here := describe_folder(name)) != (there := config.get("folder")) and (here or str(name) != Path(name).name):
+    if (here := describe_folder(name)) != (there := config.get("folder")) and (here or str(name) != short_name(name)):
         folders = f"{there or 'unknown'}; here {here or 'none'}"
         raise UserError(f"{path} is of another folder of that name ({folders}): rename this one, or run {train}")
-    net.name, net.sha256 = Path(name).name, sha256(path)
+    net.name, net.sha256 = short_name(name), sha256(path)
     net.classes, net.test_accuracy = config["classes"], config["test_accuracy"]
     return net.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
@@ -225,7 +225,7 @@ def load_reference(name: str | Path, net: FeatureNet, image_size=None) -> tuple[
     Of another data set than the classifier's it is computed from the images, which are loaded at the samples' size and
     shrunk as samples are. Raises UserError.
     """
-    if Path(name).name == net.name:
+    if short_name(name) == net.name:
         path, remedy = checkpoint_path("reference", name), f"run `python evaluate.py train-features {name}`"
         reference, facts = read_tensors(path, remedy)
         if facts["features_sha256"] != net.sha256:

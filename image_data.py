@@ -1,4 +1,5 @@
 """The data sets: where each one comes from, how its files become uint8 tensors, and how batches are drawn from them.
+And files of samples, which may have been made elsewhere.
 
 Images rest in memory as uint8, N x C x H x W; a model sees float batches in [-1, 1], made by `augment`.
 """
@@ -7,6 +8,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import threading
@@ -23,7 +25,7 @@ import torch
 import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from utils import ROOT, UserError, atomic_path, progress, say, to_model
+from utils import ROOT, UserError, atomic_path, progress, say, to_model, to_uint8
 
 CACHE = ROOT / ".cache"  # decoded photographs; deleting it only costs the time to decode them again
 Image.MAX_IMAGE_PIXELS = 210_000_000  # phones make 200 megapixels; Pillow warns above this and refuses twice as many
@@ -143,7 +145,7 @@ def load_data(name: str | Path, split="train", image_size=None, channels=None, l
         row = DATASETS[name]
         folder, image_size = _find(name, row), image_size or row.image_size
     else:
-        folder = Path(name).expanduser().resolve()
+        folder = _own_folder(name)
         if not name or not folder.is_dir():
             raise UserError(f"no data called {name!r}: it is neither a folder nor one of {', '.join(DATASETS)}")
         name, row = folder.name, DataSet(folder.name, (), 0, channels=None, crop=True)
@@ -161,6 +163,15 @@ def load_data(name: str | Path, split="train", image_size=None, channels=None, l
     data.flip = data.flip and split == "train" and data.images.shape[1] == 3  # digits and shoes are not mirrored
     data.images = with_channels(data.images, channels or row.channels)
     return data
+
+
+def _own_folder(name: str | Path) -> Path:
+    return Path(os.path.expanduser(name)).resolve()
+
+
+def short_name(name: str | Path) -> str:
+    """What data are called: a name of the table, or that of a folder without its path."""
+    return str(name) if str(name) in DATASETS else _own_folder(name).name
 
 
 def _find(name: str, row: DataSet) -> Path:
@@ -386,7 +397,7 @@ def _list_splits(root: Path, labels: bool) -> tuple[dict[str, dict[str, str]], l
 
 def describe_folder(name_or_path: str | Path) -> str | None:
     """The number of images in a folder of one's own, or of files where it has none, and a hash of names and sizes."""
-    folder = Path(name_or_path).expanduser().resolve()
+    folder = _own_folder(name_or_path)
     if str(name_or_path) in DATASETS or not folder.is_dir():
         return None
     names = list(files_below(folder))
@@ -428,10 +439,11 @@ def decode_image(path: Path, side: int) -> np.ndarray | str:
         return "cut off" if "truncated" in str(error) else "damaged, too large or in no format that Pillow can open"
 
 
-def _read_rgb(path: Path, side: int) -> Image.Image:
-    """Upright, and at least twice as large as `side` where the file is."""
+def _read_rgb(path: Path, side: int | None = None) -> Image.Image:
+    """Upright; whole, or where a side is given at least twice as large as that where the file is."""
     with Image.open(path) as image:
-        image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
+        if side:
+            image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
         with one_at_a_time if image.width * image.height > 50_000_000 else contextlib.nullcontext():
             with contextlib.suppress(Exception):  # the camera's notes may be damaged
                 ImageOps.exif_transpose(image, in_place=True)
@@ -551,3 +563,79 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     if images.shape[2:] == (size, size):
         return images
     return torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+# --- files of samples ------------------------------------------------------------------------------------------------
+
+
+def save_samples(path: str | Path, images: torch.Tensor, labels=None, source: dict | None = None) -> None:
+    """Write an .npz: `images` (uint8, here N x C x H x W, in the file N x H x W x C), and where given `labels` (int64,
+    N) and `source`, what made them."""
+    arrays: dict[str, Any] = {"images": images.permute(0, 2, 3, 1), "labels": labels, "source": json.dumps(source)}
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def load_samples(path: str | Path) -> tuple[torch.Tensor, torch.Tensor | list[str] | None, dict]:
+    """Images (uint8, N x C x H x W), labels and source that this or another program has written. Raises UserError.
+
+    path: an .npz with `images`, `samples` or `arr_0`, and perhaps `labels` or `arr_1` (integers, N); or an .npy; both
+    N x H x W x C or N x C x H x W, uint8 or float in [0, 1] or [-1, 1]. Or a folder of pictures of one size: where all
+    of them are in class folders, the labels are the names of these, a list. Other programs' have the source {}.
+    """
+    if Path(path).is_dir():
+        return *_read_pictures(Path(path)), {}
+    arrays, source = _read_arrays(path), {}
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        source = dict(json.loads(str(arrays["source"])))
+    images = next((arrays[name] for name in ("images", "samples", "arr_0") if name in arrays), np.empty(0))
+    labels = next((arrays[name] for name in ("labels", "arr_1") if name in arrays), None)
+    has_shape = images.ndim == 4 and images.size > 0 and {images.shape[1], images.shape[3]} & {1, 3}
+    is_float = has_shape and images.dtype.kind == "f" and -1 <= images.min() < images.max() <= 1
+    if not is_float and not (has_shape and images.dtype == np.uint8 and images.max() > 1):
+        wanted = "N x H x W x C or N x C x H x W (C = 1 or 3), uint8 in 0..255 or float in [0, 1] or [-1, 1]"
+        raise UserError(f"{path} needs an array called images, samples or arr_0 that is {wanted}")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise UserError(f"{path}: labels must be one integer for each of the {len(images):,} images")
+    if images.shape[3] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    x = torch.from_numpy(np.ascontiguousarray(images))
+    if is_float:
+        signed = x.min() < 0
+        say(f"{path}: the images are floats, read as in {'[-1, 1]' if signed else '[0, 1]'}")
+        x = to_uint8(x if signed else 2 * x - 1)
+    return x, None if labels is None else torch.from_numpy(labels.astype(np.int64)), source
+
+
+def _read_pictures(folder: Path) -> tuple[torch.Tensor, list[str] | None]:
+    """All pictures below a folder, as one channel where all are grey, and the names of their class folders."""
+    suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+    files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in suffixes and not f.name.startswith(".")]
+    if not files:
+        raise UserError(f"{folder} is not a readable folder of samples: it has no pictures ({', '.join(suffixes)})")
+    arrays: list[np.ndarray] = []
+    for file in progress(files, desc="reading", unit="image"):
+        try:
+            arrays.append(np.asarray(_read_rgb(file)))
+        except (OSError, ValueError, SyntaxError, UserError) as error:
+            raise UserError(f"{file} is not a readable picture") from error
+        if arrays[-1].shape != arrays[0].shape:
+            raise UserError(f"samples must be of one size, but {file} is larger or smaller than {files[0]}")
+    x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    if (x == x[:, :1]).all():
+        x = x[:, :1]
+    classes = [file.relative_to(folder).parts[0] for file in files if file.parent != folder]
+    return x.contiguous(), classes if len(classes) == len(files) else None
+
+
+def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Those of an .npz's arrays that `load_samples` looks for; an .npy's is called images. Raises UserError."""
+    names = ("images", "samples", "arr_0", "labels", "arr_1", "source")
+    try:
+        with open(path, "rb") as file:
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                return {"images": content}
+            return {name: content[name] for name in names if name in content}
+    except Exception as error:  # numpy, zipfile and zlib each raise their own
+        raise UserError(f"{path} is not a readable file or folder of samples: {error}") from error

@@ -1,7 +1,4 @@
-"""What all scripts need and no other file owns: errors, files, arguments, devices, seeds, grids, GIFs, sample files.
-
-Images rest in memory as uint8, N x C x H x W; a model sees float batches in [-1, 1].
-"""
+"""What all scripts need and no other file owns: errors, files, arguments, devices, seeds, grids, GIFs."""
 
 import argparse
 import contextlib
@@ -17,7 +14,6 @@ import sys
 import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import imageio.v3 as imageio
 import numpy as np
@@ -277,83 +273,3 @@ def reduce_colours(frame: np.ndarray) -> np.ndarray:
     sample = Image.fromarray(np.ascontiguousarray(pixels[:, :: math.ceil(pixels.shape[1] / 32768)]))
     palette = sample.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=400)
     return np.asarray(picture.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB"))
-
-
-# --- samples ------------------------------------------------------------------------------------------------------
-
-
-def save_samples(path: str | Path, images: torch.Tensor, labels=None, source: dict | None = None) -> None:
-    """Write an .npz: `images` (uint8, here N x C x H x W, in the file N x H x W x C), and where given `labels` (int64,
-    N) and `source`, what made them."""
-    arrays: dict[str, Any] = {"images": images.permute(0, 2, 3, 1), "labels": labels, "source": json.dumps(source)}
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **{name: array for name, array in arrays.items() if array is not None})
-
-
-def load_samples(path: str | Path) -> tuple[torch.Tensor, torch.Tensor | list[str] | None]:
-    """Images (uint8, N x C x H x W) and labels that this or another program has written. Raises UserError.
-
-    path: an .npz with `images`, `samples` or `arr_0`, and perhaps `labels` or `arr_1` (integers, N); or an .npy; both
-    N x H x W x C or N x C x H x W, uint8 or float in [0, 1] or [-1, 1]. Or a folder of pictures of one size: where all
-    of them are in class folders, the labels are the names of these, a list.
-    """
-    if Path(path).is_dir():
-        return _read_pictures(Path(path))
-    arrays = _read_arrays(path, "images", "samples", "arr_0", "labels", "arr_1")
-    images = next((arrays[name] for name in ("images", "samples", "arr_0") if name in arrays), np.empty(0))
-    labels = next((arrays[name] for name in ("labels", "arr_1") if name in arrays), None)
-    has_shape = images.ndim == 4 and images.size > 0 and {images.shape[1], images.shape[3]} & {1, 3}
-    is_float = has_shape and images.dtype.kind == "f" and -1 <= images.min() < images.max() <= 1
-    if not is_float and not (has_shape and images.dtype == np.uint8 and images.max() > 1):
-        wanted = "N x H x W x C or N x C x H x W (C = 1 or 3), uint8 in 0..255 or float in [0, 1] or [-1, 1]"
-        raise UserError(f"{path} needs an array called images, samples or arr_0 that is {wanted}")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise UserError(f"{path}: labels must be one integer for each of the {len(images):,} images")
-    if images.shape[3] in (1, 3):
-        images = images.transpose(0, 3, 1, 2)
-    x = torch.from_numpy(np.ascontiguousarray(images))
-    if is_float:
-        signed = x.min() < 0
-        say(f"{path}: the images are floats, read as in {'[-1, 1]' if signed else '[0, 1]'}")
-        x = to_uint8(x if signed else 2 * x - 1)
-    return x, None if labels is None else torch.from_numpy(labels.astype(np.int64))
-
-
-def _read_pictures(folder: Path) -> tuple[torch.Tensor, list[str] | None]:
-    """All pictures below a folder, as one channel where all are grey, and the names of their class folders."""
-    suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-    files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in suffixes and not f.name.startswith(".")]
-    if not files:
-        raise UserError(f"{folder} is not a readable folder of samples: it has no pictures ({', '.join(suffixes)})")
-    arrays: list[np.ndarray] = []
-    for file in progress(files, desc="reading", unit="image"):
-        try:
-            arrays.append(np.asarray(Image.open(file).convert("RGB")))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{file} is not a readable picture") from error
-        if arrays[-1].shape != arrays[0].shape:
-            raise UserError(f"samples must be of one size, but {file} is larger or smaller than {files[0]}")
-    x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-    if (x == x[:, :1]).all():
-        x = x[:, :1]
-    classes = [file.relative_to(folder).parts[0] for file in files if file.parent != folder]
-    return x.contiguous(), classes if len(classes) == len(files) else None
-
-
-def samples_source(path: str | Path) -> dict:
-    """What `save_samples` was told of the images' origin: {} for another program's file. Raises UserError."""
-    with contextlib.suppress(KeyError, ValueError, TypeError):
-        return dict(json.loads(str(_read_arrays(path, "source")["source"])))
-    return {}
-
-
-def _read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
-    """Those of the named arrays that an .npz has; an .npy's array is called images. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            content = np.load(file, allow_pickle=False)
-            if isinstance(content, np.ndarray):
-                return {"images": content}
-            return {name: content[name] for name in names if name in content}
-    except Exception as error:  # numpy, zipfile and zlib each raise their own
-        raise UserError(f"{path} is not a readable file or folder of samples: {error}") from error

@@ -25,8 +25,9 @@ import features
 import image_data
 import utils
 from ddpm_conditional import guided
+from image_data import load_samples, save_samples
 from modules import UNet_conditional
-from utils import UserError, load_samples
+from utils import UserError
 from weights import build_model, images_seen, load_checkpoint, read_checkpoint
 
 SCRIPTS = {"ddpm.py": ddpm, "ddpm_unconditional.py": ddpm_unconditional, "ddpm_conditional.py": ddpm_conditional}
@@ -160,7 +161,7 @@ def test_sample(script, plain, classes, tmp_path, capsys):
         run(SCRIPTS[script].main, "sample", *flags, "--out", out)
         assert f"wrote {out}" in capsys.readouterr().out and list(out.parent.iterdir()) == [out]
         if suffix == "npz":
-            images, labels = load_samples(out)
+            images, labels, _ = load_samples(out)
             assert images.shape == (5, 1, 8, 8) and (labels is None) == (checkpoint == plain)
         else:
             with Image.open(out) as image:
@@ -174,7 +175,7 @@ def sampled(tmp_path):
     def sample(main, *flags):
         out = tmp_path / f"{hashlib.sha256(repr(flags).encode()).hexdigest()[:8]}.npz"
         run(main, "sample", "--steps", 5, "--device", "cpu", *flags, "--out", out)
-        images, labels = load_samples(out)
+        images, labels, _ = load_samples(out)
         return images.numpy(), labels
 
     return sample
@@ -309,7 +310,7 @@ def test_grid_publishes_what_it_has(idx_folder, tmp_path, monkeypatch, refused):
         utils.write_json(folder / "result.json", result)
 
     monkeypatch.setattr(ddpm_unconditional, "measure", measure)
-    monkeypatch.setattr(ddpm_unconditional, "check_measurable", lambda args: None)
+    monkeypatch.setattr(ddpm_unconditional, "check_measurable", lambda *_: None)
     monkeypatch.setattr(utils, "ROOT", tmp_path)
     published = tmp_path / "report/results/grid.json"
     elsewhere = {"config": {"train": {"precision": "bfloat16"}}}
@@ -651,10 +652,10 @@ def test_samples_name_their_source(classes, tmp_path):
     ddpm_flags = ["--sampler", "ddpm", "--steps", 2, "--variance", "beta", "--no-clip"]
     for flags, expected in ((["--seed", 3], by_default), (ddpm_flags, by_ddpm)):
         run(ddpm_conditional.main, "sample", "--checkpoint", classes, "--n", 2, *flags, "--out", out)
-        source = utils.samples_source(out)
+        source = load_samples(out)[2]
         assert source | origin | expected == source
-    utils.save_samples(out, torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
-    assert utils.samples_source(out) == {}
+    save_samples(out, torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8))
+    assert load_samples(out)[2] == {}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -21,9 +21,9 @@ from torch import nn
 import evaluate
 import features
 from ddpm import Diffusion
-from image_data import ImageData, load_data
+from image_data import ImageData, load_data, save_samples
 from modules import PatchUNet
-from utils import UserError, generator, save_samples, sha256, to_model, to_uint8
+from utils import UserError, generator, sha256, to_model, to_uint8
 from weights import read_tensors, save_checkpoint, save_tensors
 
 
@@ -325,7 +325,7 @@ def tiny_recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "DEFAULT_RECIPE", features.DEFAULT_RECIPE | recipe)
 
 
-def test_another_folder_of_the_same_name_is_not_taken_for_the_classifiers(tmp_path, tiny_recipe):
+def test_another_folder_of_the_same_name_is_not_taken_for_the_classifiers(tmp_path, tiny_recipe, monkeypatch):
     for side, count in ("a", 10), ("b", 11), ("moved", 10):
         class_folder(tmp_path / side / "photos", {"cats": count, "dogs": 10}, size=(8, 8))
     features.train_features(str(tmp_path / "a/photos"))
@@ -333,6 +333,10 @@ def test_another_folder_of_the_same_name_is_not_taken_for_the_classifiers(tmp_pa
     assert features.load_features(tmp_path / "moved/photos").classes == ["cats", "dogs"]
     with pytest.raises(UserError, match="another folder of that name .20 files, .*; here 21 files, "):
         features.load_features(tmp_path / "b/photos")
+    with pytest.raises(UserError, match="another folder of that name"):
+        evaluate.evaluate_samples(torch.zeros(20, 3, 8, 8), None, tmp_path / "b/photos", "photos")
+    monkeypatch.chdir(tmp_path / "a/photos")
+    assert features.load_features(".").name == "photos"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""image_data.py: data sets of every kind, which files count, their pixels, augmentation."""
+"""image_data.py: data sets of every kind, which files count, their pixels, augmentation; files of samples."""
 
 import copy
 import gzip
@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 import image_data
 import utils
-from image_data import augment, load_data
+from image_data import augment, load_data, load_samples, save_samples
 from utils import UserError, generator
 
 # --- Fashion-MNIST ------------------------------------------------------------------------------------------------
@@ -588,3 +588,79 @@ def test_a_png_on_which_torchvision_crashes_is_left_out(tmp_path):
     png += "a534e3878f9ff049f3f108a2e9b539b8ab130be091060073ff08c36ca4ef8c0000000049454e44ae426082"
     (tmp_path / "x.png").write_bytes(bytes.fromhex(png))
     assert image_data.decode_image(tmp_path / "x.png", 8) in (DAMAGED, "cut off")
+
+
+# --- files of samples ---------------------------------------------------------------------------------------------
+
+
+def test_samples(tmp_path):
+    images, labels = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8), torch.arange(5)
+    save_samples(tmp_path / "x.npz", images, labels)
+    loaded, loaded_labels, _ = load_samples(tmp_path / "x.npz")
+    assert torch.equal(loaded, images) and loaded_labels.tolist() == [0, 1, 2, 3, 4]
+    before = (tmp_path / "x.npz").read_bytes()
+    save_samples(tmp_path / "x.npz", images, labels)
+    assert (tmp_path / "x.npz").read_bytes() == before  # byte for byte
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "arrays, said",
+    [
+        ({"arr_0": PIXELS, "arr_1": np.arange(5), "more": np.array([Malicious("unread")])}, ""),
+        ({"samples": PIXELS.transpose(0, 3, 1, 2)}, ""),
+        ({"images": PIXELS / 255}, "read as in [0, 1]"),
+        ({"images": (PIXELS.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)}, "read as in [-1, 1]"),
+    ],
+)
+def test_samples_of_other_programs(arrays, said, tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", **arrays)
+    np.save(tmp_path / "x.npy", next(iter(arrays.values())))
+    for path in (tmp_path / "x.npz", tmp_path / "x.npy"):
+        images, labels, _ = load_samples(path)
+        assert torch.equal(images, torch.from_numpy(PIXELS).permute(0, 3, 1, 2)) and said in capsys.readouterr().err
+        assert (labels is not None) == (path.suffix == ".npz" and "arr_1" in arrays)
+
+
+def test_pictures_of_other_programs(tmp_path):
+    for i, image in enumerate(PIXELS):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    images, labels, _ = load_samples(tmp_path)
+    assert torch.equal(images, torch.from_numpy(PIXELS).permute(0, 3, 1, 2)) and labels is None
+    for name in ("a/x.png", "b/y.jpg"):
+        (tmp_path / "grey" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (100, 100, 100)).save(tmp_path / "grey" / name)
+    images, labels, _ = load_samples(tmp_path / "grey")
+    assert images.shape == (2, 1, 8, 8) and labels == ["a", "b"]
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "grey/a/x.png")  # read as a data set's images are
+    Image.new("I;16", (8, 8), 257 * 20).save(tmp_path / "grey/b/y.png")
+    (tmp_path / "grey/b/y.jpg").unlink()
+    assert load_samples(tmp_path / "grey")[0].flatten(1).unique(dim=1).tolist() == [[255], [20]]
+    (tmp_path / "empty").mkdir()
+    for path, words in (("", "must be of one size"), ("empty", "it has no pictures"), ("x.npz", "not a readable file")):
+        with pytest.raises(UserError, match=words):
+            load_samples(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        ({"pictures": np.zeros((2, 4, 4, 1), np.uint8)}, "an array called images"),
+        ({"images": np.zeros((2, 4, 4, 1))}, "uint8"),
+        ({"images": np.ones((2, 4, 4, 1), np.uint8)}, "uint8 in 0..255"),
+        ({"images": np.zeros((0, 4, 4, 1), np.uint8)}, "N x H x W x C"),
+        ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, "N x H x W x C"),
+        ({"images": PIXELS, "labels": np.zeros(3, int)}, "labels"),
+        ({"images": PIXELS, "labels": np.zeros(5)}, "labels"),
+        ({"images": np.array([Malicious("pwned")])}, "not a readable"),
+    ],
+)
+def test_sample_files_are_validated(arrays, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", **arrays)
+    with pytest.raises(UserError, match=words):
+        load_samples("x.npz")
+    assert not (tmp_path / "pwned").exists()

@@ -1,4 +1,4 @@
-"""utils.py: errors, atomic files, arguments, devices, seeds, pictures, sample files."""
+"""utils.py: errors, atomic files, arguments, devices, seeds, pictures."""
 
 import errno
 import os
@@ -9,11 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import Malicious
 from PIL import Image
 
 import utils
-from utils import UserError, atomic_path, generator, image_grid, load_samples, save_gif, save_samples
+from utils import UserError, atomic_path, generator, image_grid, save_gif
 
 # --- errors and files ---------------------------------------------------------------------------------------------
 
@@ -167,72 +166,3 @@ def test_rare_saturated_colours_survive_in_gifs(tmp_path):
     save_gif([255 - picture, picture], tmp_path / "x.gif")
     error = np.abs(list(gif_frames(tmp_path / "x.gif"))[-1][0] - picture)
     assert error.max() <= 20 and error.mean() <= 3
-
-
-def test_samples(tmp_path):
-    images, labels = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8), torch.arange(5)
-    save_samples(tmp_path / "x.npz", images, labels)
-    loaded, loaded_labels = load_samples(tmp_path / "x.npz")
-    assert torch.equal(loaded, images) and loaded_labels.tolist() == [0, 1, 2, 3, 4]
-    before = (tmp_path / "x.npz").read_bytes()
-    save_samples(tmp_path / "x.npz", images, labels)
-    assert (tmp_path / "x.npz").read_bytes() == before  # byte for byte
-
-
-PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), np.uint8)
-
-
-@pytest.mark.parametrize(
-    "arrays, said",
-    [
-        ({"arr_0": PIXELS, "arr_1": np.arange(5), "more": np.array([Malicious("unread")])}, ""),
-        ({"samples": PIXELS.transpose(0, 3, 1, 2)}, ""),
-        ({"images": PIXELS / 255}, "read as in [0, 1]"),
-        ({"images": (PIXELS.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)}, "read as in [-1, 1]"),
-    ],
-)
-def test_samples_of_other_programs(arrays, said, tmp_path, capsys):
-    np.savez(tmp_path / "x.npz", **arrays)
-    np.save(tmp_path / "x.npy", next(iter(arrays.values())))
-    for path in (tmp_path / "x.npz", tmp_path / "x.npy"):
-        images, labels = load_samples(path)
-        assert torch.equal(images, torch.from_numpy(PIXELS).permute(0, 3, 1, 2)) and said in capsys.readouterr().err
-        assert (labels is not None) == (path.suffix == ".npz" and "arr_1" in arrays)
-
-
-def test_pictures_of_other_programs(tmp_path):
-    for i, image in enumerate(PIXELS):
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
-    (tmp_path / "notes.txt").write_text("no picture")
-    images, labels = load_samples(tmp_path)
-    assert torch.equal(images, torch.from_numpy(PIXELS).permute(0, 3, 1, 2)) and labels is None
-    for name in ("a/x.png", "b/y.jpg"):
-        (tmp_path / "grey" / name).parent.mkdir(parents=True)
-        Image.new("RGB", (8, 8), (100, 100, 100)).save(tmp_path / "grey" / name)
-    images, labels = load_samples(tmp_path / "grey")
-    assert images.shape == (2, 1, 8, 8) and labels == ["a", "b"]
-    (tmp_path / "empty").mkdir()
-    for path, words in (("", "must be of one size"), ("empty", "it has no pictures"), ("x.npz", "not a readable file")):
-        with pytest.raises(UserError, match=words):
-            load_samples(tmp_path / path)
-
-
-@pytest.mark.parametrize(
-    "arrays, words",
-    [
-        ({"pictures": np.zeros((2, 4, 4, 1), np.uint8)}, "an array called images"),
-        ({"images": np.zeros((2, 4, 4, 1))}, "uint8"),
-        ({"images": np.ones((2, 4, 4, 1), np.uint8)}, "uint8 in 0..255"),
-        ({"images": np.zeros((0, 4, 4, 1), np.uint8)}, "N x H x W x C"),
-        ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, "N x H x W x C"),
-        ({"images": PIXELS, "labels": np.zeros(3, int)}, "labels"),
-        ({"images": PIXELS, "labels": np.zeros(5)}, "labels"),
-        ({"images": np.array([Malicious("pwned")])}, "not a readable"),
-    ],
-)
-def test_sample_files_are_validated(arrays, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    np.savez("x.npz", **arrays)
-    with pytest.raises(UserError, match=words):
-        load_samples("x.npz")
-    assert not os.path.exists("pwned")

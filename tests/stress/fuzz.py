@@ -78,7 +78,7 @@ def contents(folder, *apart):
 def whole(path):
     """Is this output readable to its end? Raises what its reader raises if not."""
     if path.suffix == ".npz":
-        utils.load_samples(path)
+        image_data.load_samples(path)
     elif path.suffix in (".png", ".gif"):
         with Image.open(path) as picture:
             picture.load()
@@ -321,7 +321,7 @@ def build(template):
     weights = build_model({"name": "UNet_conditional", "channels": 1, "width": 4, "num_classes": 3}).state_dict()
     torch.save(weights, template / "course.pt")
     samples = torch.from_numpy(rng.integers(0, 256, (8, 1, 28, 28)).astype(np.uint8))
-    utils.save_samples(template / "samples.npz", samples, np.arange(8))
+    image_data.save_samples(template / "samples.npz", samples, np.arange(8))
     import datasets
 
     rows = {"image": [{"bytes": (template / "flat/0.png").read_bytes(), "path": None}] * 3, "label": [0, 1, 2]}
