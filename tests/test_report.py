@@ -1,16 +1,21 @@
-"""The PDF builds at every stage, says only what its files say, and is the same bytes every time."""
+"""The PDF builds at every stage, says only what its files say, and is the same bytes every time; and the search."""
 
 import json
 import re
 import shutil
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 import typst
 from conftest import ROOT
 
 import figures
-from report import build, tables
-from utils import UserError
+import training
+from ddpm import Diffusion
+from report import build, search, tables
+from utils import UserError, generator
 
 REPORT = "".join((ROOT / f"report/{name}.typ").read_text() for name in ("report", "point1", "point2", "bonus"))
 
@@ -181,3 +186,29 @@ def test_results_are_published_by_the_build_alone(folders, monkeypatch):
     figures.save_result("x", {"a": 1 / 3, "b": [2e-9 / 3, 7], "c": None})
     assert figures.read_result("x") == {"a": 0.333333, "b": [6.66667e-10, 7], "c": None}
     assert figures.read_result("missing") is None
+
+
+# --- the search ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", search.TRIALS["fashion_mnist"])
+def test_every_change_trains(name, tiny_data, monkeypatch):
+    monkeypatch.setattr(search, "load_data", lambda *_, **__: tiny_data)
+    monkeypatch.setattr(training, "TIMESTEP_SAMPLING", training.TIMESTEP_SAMPLING.copy())
+    run = search.start(search.TRIALS["fashion_mnist"][name], "fashion_mnist", seed=0)
+    before = [p.clone() for p in run.model.parameters()]
+    search.make_steps(run, minutes=0.001)
+    assert run.step % 2 == 0 and any((p != q).any() for p, q in zip(run.model.parameters(), before, strict=True))
+
+
+def test_the_changes_are_what_they_say():
+    diffusion, network = Diffusion(1000, "cosine"), Mock(return_value=torch.full((4, 1, 2, 2), 0.5))
+    run = SimpleNamespace(diffusion=diffusion, model=network)
+    search.predict_v(run)
+    x0, noise = torch.randn(2, 4, 1, 2, 2, generator=generator(0))
+    t, a = torch.tensor([0, 10, 500, 990]), diffusion.alphas_cumprod[[0, 10, 500, 990]].view(-1, 1, 1, 1)
+    error = (0.5 - a.sqrt() * noise + (1 - a).sqrt() * x0) ** 2
+    torch.testing.assert_close(diffusion.loss(run.model, x0, t, noise), error.mean(), rtol=1e-3, atol=0)
+    a = diffusion.alphas_cumprod[search.laplace_timesteps(diffusion, 20_000, generator(0))]
+    log_snr = (a / (1 - a)).log()
+    assert log_snr.median().abs() < 0.03 and log_snr.abs().mean() == pytest.approx(0.5, abs=0.03)

@@ -312,10 +312,8 @@ def test_compile_without_a_compiler(tiny_data, tmp_path, monkeypatch):
 
 def test_sigterm_to_a_real_process(idx_folder, tmp_path):
     flags = "--image-size 8 --width 8 --batch-size 8 --timesteps 10 --device cpu --epochs 500"
-    flags = ["train", "--data", idx_folder, *flags.split(), "--out", tmp_path]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "ddpm_unconditional.py", *flags], stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, ROOT / "ddpm_unconditional.py", "train", "--data", idx_folder, *flags.split()]
+    process = subprocess.Popen([*command, "--out", tmp_path], stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(tmp_path.glob("state_*.pt")):  # with the first it is about to train
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -546,7 +544,6 @@ def test_what_is_not_finite_is_not_saved(tiny_data, tmp_path, steps):
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_disk_full_while_saving(finished, tiny_data, tmp_path, interrupt, monkeypatch, call):
     """Old states stay whole, nothing half-written is left, and with space again the run goes on."""
-
     before = {p: p.read_bytes() for p in interrupt(tmp_path, 3, 6)}
     monkeypatch.setattr(utils.os, call, Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(UserError, match="cannot write .*state_.*: no space left on the disk"):
