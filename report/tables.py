@@ -117,16 +117,22 @@ def checkpoints():
     return table(["file", "data", "diffusion", "images seen", "seed", "weights", "size", "Fréchet"], rows).data
 
 
-def trials():
-    """What was tried before the long trainings, in equal minutes, whether it paid or not."""
+def search():
+    """What was tried before the long trainings, in equal minutes, whether it paid or not; the seeds side by side."""
+    trials: dict = {}
+    for data in ("fashion_mnist", "cifar10"):
+        for row in read_result(f"search_{data}")["rows"]:
+            trials.setdefault((DATASETS[data].title, row["what"]), []).append(row)
     rows = []
-    for r in read_result("trials")["rows"]:
-        reached = f"{r['frechet_distance']:.2f} ± {r['standard_error']:.2f}"
-        rows.append([DATASETS[r["data"]].title, r["what"], r["seed"], f"{r['cpu_minutes']:.1f}", r["steps"], reached])
-    return table(["data", "what", "seed", "minutes", "steps", "Fréchet"], rows).data
+    for what, seeds in trials.items():
+        size, steps = f"{seeds[0]['parameters'] / 1e6:.1f} M", ", ".join(str(row["steps"]) for row in seeds)
+        noise, reached = (", ".join(f"{get(r):.4g}" for r in seeds) for get in (lambda r: r["noise_error"], distance))
+        error = max(row["quality"]["frechet_bootstrap"]["standard_error"] for row in seeds)
+        rows.append([*what, size, steps, noise, f"{reached} (± {error:.2f})"])
+    return table(["data", "what", "parameters", "steps", "noise error", "Fréchet"], rows).data
 
 
-TABLES = {make.__name__: make for make in (results, speed, samplers, reliability, checkpoints, trials)}
+TABLES = {make.__name__: make for make in (results, speed, samplers, reliability, checkpoints, search)}
 
 
 def filled():
