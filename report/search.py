@@ -3,9 +3,9 @@
     python report/search.py fashion_mnist            from nothing, without labels
     python report/search.py cifar10                  from the published weights, with labels
 
-Every trial trains with `training.steps`. What paid became a flag of `train`; what did not lives here only. Each result
-joins report/results/search_DATA.json when it is there, and a second call makes those that are missing. The minutes are
-of processor time: so two of these may run side by side, but nothing else.
+Every trial trains with `training.steps`. What the scripts have is a flag of `train`; the rest lives here only. Each
+result joins report/results/search_DATA.json when it is there, and a second call makes those that are missing. The
+minutes are of processor time: so two of these may run side by side, but nothing else.
 """
 
 import itertools
@@ -161,18 +161,16 @@ def measure(run, data_name):
     eps_model_of = predictor(model, asked, CFG_SCALE)
     with autocast(run.device, run.config["train"]["precision"]):
         images = torch.cat(list(run.diffusion.sample_batches(eps_model_of, n, run.shape, desc="sampling", **SAMPLER)))
-        noise_error = evaluate.noise_error(model, run.diffusion, utils.to_model(test.images[:NOISE_IMAGES]), shown)[
-            "mse"
-        ]
-    return {"noise_error": noise_error, "quality": evaluate.evaluate_samples(utils.to_uint8(images), asked, data_name)}
+        error = evaluate.noise_error(model, run.diffusion, utils.to_model(test.images[:NOISE_IMAGES]), shown)
+    quality = evaluate.evaluate_samples(utils.to_uint8(images), asked, data_name)
+    return {"noise_error": error["mse"], "quality": quality}
 
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("data", choices=TRIALS)
-    parser.add_argument(
-        "--minutes", type=utils.number(float, 0, above=True), default=5.0, help="of one core, for a trial"
-    )
+    above_0 = utils.number(float, 0, above=True)
+    parser.add_argument("--minutes", type=above_0, default=5.0, help="of one core, for a trial")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     path = ROOT / f"report/results/search_{args.data}.json"

@@ -126,10 +126,8 @@ def search():
     rows = []
     for what, seeds in trials.items():
         size, steps = f"{seeds[0]['parameters'] / 1e6:.1f} M", ", ".join(str(row["steps"]) for row in seeds)
-        noise, reached = (
-            ", ".join(f"{row['noise_error']:.4f}" for row in seeds),
-            ", ".join(f"{distance(row):.2f}" for row in seeds),
-        )
+        noise = ", ".join(f"{row['noise_error']:.4f}" for row in seeds)
+        reached = ", ".join(f"{distance(row):.2f}" for row in seeds)
         error = max(row["quality"]["frechet_bootstrap"]["standard_error"] for row in seeds)
         rows.append([*what, size, steps, noise, f"{reached} (± {error:.2f})"])
     return table(["data", "what", "parameters", "steps", "noise error", "Fréchet"], rows).data

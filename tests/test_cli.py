@@ -607,6 +607,7 @@ def test_bad_publish(flags, message, runs, tmp_path, refused, monkeypatch):
         (["--timesteps", 50], "--timesteps must be at least"),
         (["--channels", 3], "28 x 28 x 3"),
         (["--n", 100], "make at least 129"),
+        (["--only", "vlb_seed0", "--objective", "vlb", "--n", 100], "make at least 129"),  # its own: only n is wrong
         (["--image-size", 32], "32 x 32"),
         (["--data", "nowhere/fashion_mnist"], "is called like the built-in fashion_mnist"),
     ],

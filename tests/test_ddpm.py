@@ -334,15 +334,25 @@ def test_ddim_on_gaussian_data(schedule, timesteps, steps, eta):
     np.testing.assert_allclose(ours, (mean, var), rtol=1e-6)
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "run, options, noisy",
+    [
+        (ddpm_sampler, {}, True),
+        (ddpm_sampler, {"variance": "beta"}, True),
+        (ddim_sampler, {}, False),
+        (ddim_sampler, {"eta": 1.0}, True),
+        (dpm_sampler, {"eta": 0.0}, False),
+        (dpm_sampler, {}, True),
+    ],
+)
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_dpm_approaches_the_data(schedule, eta):
-    """With more steps, its mean and standard deviation come closer to the data's. cosine: T grows. linear reaches
-    noise only at T = 1000, so there the number of steps grows."""
+def test_samplers_approach_the_data(schedule, run, options, noisy):
+    """With more steps, every sampler's mean and standard deviation come closer to the data's. cosine: T grows. linear
+    reaches noise only at T = 1000, so there the number of steps grows."""
     errors = []
     for steps in (10, 40, 160, 640):
         d = Diffusion(steps if schedule == "cosine" else 1000, schedule)
-        mean, variance = sampled_mean_and_variance(dpm_sampler, d, steps, sources=steps if eta else 1, eta=eta)
+        mean, variance = sampled_mean_and_variance(run, d, steps, sources=steps if noisy else 1, **options)
         errors.append(max(abs(mean - MEAN), abs(variance**0.5 - STD)))
     assert errors[-1] < 0.01
     assert errors[-1] < errors[0] / 2 and errors[2] <= errors[0]

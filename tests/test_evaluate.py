@@ -558,6 +558,8 @@ def test_inception_against_pytorch_fid():
     moments = [f(part.numpy()) for part in (x, y) for f in (lambda a: a.mean(0), lambda a: np.cov(a, rowvar=False))]
     assert result["frechet_distance"] == pytest.approx(calculate_frechet_distance(*moments), rel=1e-4)
     assert result["kernel_distance"]["kid"] > 0
+    with pytest.raises(UserError, match="at least two samples"):
+        evaluate.inception_distance(images[:1], "fashion_mnist", network=Network())
 
 
 def test_a_checkpoint_from_the_command_line(tmp_path, run):
