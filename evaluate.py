@@ -383,6 +383,7 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     add("--n", type=positive, default=2000, help="samples per setting, spread over the classes")
     add("--sampler", choices=list(SAMPLERS), default="dpm", help="as for `sample`")
     add("--steps", type=positive, default=20, help="network evaluations per image")
+    add("--eta", type=utils.number(float, 0, 1), help="the sampler's noise, as for `sample`")
     add("--seed", type=natural, default=0, help="image i depends on (seed, i) only")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--out", type=Path, required=True, help="the .json to write; the same command goes on with it")
@@ -399,13 +400,15 @@ def run_sweep(args) -> None:
     if model.num_classes is None:
         raise UserError(f"{args.checkpoint} has no classes, so there is nothing to guide")
     diffusion.check_steps(args.steps)
+    sampler = {"sampler": args.sampler, "steps": args.steps, "eta": noise_level(args.sampler, args.eta)}
+    if args.eta is not None and sampler["eta"] is None:
+        raise UserError(f"--eta has no effect on --sampler {args.sampler}")
     intervals = args.intervals or [None]
     if any(where and where[0] > min(where[1], diffusion.timesteps - 1) for where in intervals):
         raise UserError(f"--intervals must rise and begin below the model's {diffusion.timesteps} timesteps")
     data_name, shape = args.data or config["data"].get("name"), image_shape(model, config)
     if data_name is None:
         raise UserError(f"{args.checkpoint} does not say what it was trained on: add --data")
-    sampler = {"sampler": args.sampler, "steps": args.steps, "eta": noise_level(args.sampler)}
     result = describe_checkpoint(args.checkpoint) | {"command": args.typed, "sampler": sampler}
     result |= {"n": args.n, "seed": args.seed, "parameters": sum(p.numel() for p in model.parameters()), "rows": []}
     result["config"] = {name: value for name, value in config.items() if name != "weights"}

@@ -377,6 +377,9 @@ def test_sweep_goes_on_where_it_stopped(classes, tmp_path, monkeypatch):
     assert measured[0].shape == (20, 1, 8, 8)
     assert np.array_equal(measured[2], measured[3])
     assert not any(np.array_equal(a, b) for a, b in itertools.combinations(measured[:2] + measured[3:], 2))
+    run(ddpm_conditional.main, *flags, "--weights", "raw", "--eta", 0, "--out", tmp_path / "without_noise.json")
+    assert json.loads((tmp_path / "without_noise.json").read_text())["sampler"]["eta"] == 0
+    assert not np.array_equal(measured[-2], measured[0])  # both unguided, by the same weights
 
 
 def test_any_checkpoint_can_be_sampled(classes, tmp_path, sampled, capsys):
@@ -632,6 +635,7 @@ def test_bad_sweep(plain, classes, tmp_path, refused, monkeypatch):
         (course, ["--weights", "raw"], "add --data"),
         (course, ["--weights", "raw", "--data", "fashion_mnist"], "64 x 64"),
         (classes, ["--steps", 21], "20 timesteps"),
+        (classes, ["--sampler", "ddpm", "--eta", 1], "--eta has no effect on --sampler ddpm"),
         (classes, ["--intervals", "20-30"], "begin below the model's 20 timesteps"),
         (classes, ["--intervals", "none", "9-5"], "must rise and begin below"),
         (classes, ["--intervals", "5"], "invalid interval value: '5'"),
