@@ -38,8 +38,12 @@ WEIGHTS: dict = {"vlb": {"objective": "vlb"}, "vlb_sampled": {"timestep_sampling
 BONUS = {
     f"{name}_seed{seed}": GRID["linear_l2"] | {"seed": seed} | WEIGHTS[name] for name in WEIGHTS for seed in (0, 1, 2)
 }
-# Do they only need a longer training, or another learning rate? The longer ones are compared with linear_l2_9_epochs.
-LONGER = {f"{name}_9_epochs": GRID["linear_l2"] | WEIGHTS[name] | CHANGES["9_epochs"] for name in WEIGHTS}
+# Do they only need a longer training, or another learning rate?
+LONGER = {
+    f"{name}_20_epochs_seed{seed}": GRID["linear_l2"] | WEIGHTS.get(name, {}) | {"epochs": 20.0, "seed": seed}
+    for name in ("linear_l2", *WEIGHTS)
+    for seed in (0, 1, 2)
+}
 RATES = {
     f"{name}_lr_{lr}": GRID["linear_l2"] | WEIGHTS.get(name, {}) | {"lr": lr}
     for name in ("linear_l2", *WEIGHTS)

@@ -175,9 +175,11 @@ def learning_rate(settings, step):
 
 def draw_batches(run, threads=4):
     """`draw_batch` for each step from run.step on: beside a GPU in threads, a few steps ahead of it."""
+    pinned = run.device.type != "cpu" and torch.cuda.is_available()  # a copy from pinned memory does not make CUDA wait
 
     def draw(step):
-        return draw_batch(run.data, run.config, step, run.diffusion)
+        batch = draw_batch(run.data, run.config, step, run.diffusion)
+        return tuple(b if b is None else b.pin_memory() for b in batch) if pinned else batch
 
     numbers = itertools.count(run.step)
     if run.device.type == "cpu":  # the threads would take its cores from the training
@@ -193,7 +195,8 @@ def parts_of_batch(run, batch):
     """This process's share of the step's batch on its device, in run.accumulate parts: x0, t, noise, labels."""
     parts = run.world * run.accumulate
     for part in range(run.rank * run.accumulate, (run.rank + 1) * run.accumulate):
-        x0, t, noise, labels = (None if b is None else b.chunk(parts)[part].to(run.device) for b in batch)
+        share = (None if b is None else b.chunk(parts)[part] for b in batch)
+        x0, t, noise, labels = (b if b is None else b.to(run.device, non_blocking=b.is_pinned()) for b in share)
         x0, noise = (b.contiguous(memory_format=torch.channels_last) for b in (x0, noise))
         yield x0, t, noise, labels
 
